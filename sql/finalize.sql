@@ -1,0 +1,111 @@
+-- Runs last: who may do what.
+
+CREATE FUNCTION _nexus_hub.grant_api() RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    grantee text;
+    policy record;
+BEGIN
+    FOR grantee IN SELECT rolname FROM pg_roles WHERE rolname IN ('authenticated', 'service_role') LOOP
+        EXECUTE format('GRANT USAGE ON SCHEMA @extschema@ TO %I', grantee);
+        EXECUTE format('GRANT EXECUTE ON FUNCTION
+            @extschema@.add_server(text, text, jsonb, uuid),
+            @extschema@.update_server(uuid, text, jsonb, boolean),
+            @extschema@.delete_server(uuid),
+            @extschema@.list_servers(),
+            @extschema@.create_job(uuid, text, text, text, jsonb),
+            @extschema@.get_job_status(uuid),
+            @extschema@.wait_for_job(uuid, integer),
+            @extschema@.cancel_job(uuid),
+            @extschema@.execute_job_via_pg_net(uuid),
+            _nexus_hub.server_owner(uuid),
+            _nexus_hub.server_id(text),
+            _nexus_hub.seal_server_config(text),
+            _nexus_hub.check_job(text, text, text, jsonb),
+            _nexus_hub.wake_worker(),
+            _nexus_hub.job_not_found(uuid),
+            _nexus_hub.await_job(uuid, integer),
+            _nexus_hub.cancel_pending_job(uuid)
+            TO %I', grantee);
+    END LOOP;
+
+    -- A signed-in user: own rows by row-level security, and of those never a ciphertext, never a result to write.
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'authenticated') THEN
+        GRANT SELECT (id, user_id, server_id, name, transport, enabled, rate_limit_per_minute, created_at, updated_at),
+              INSERT (user_id, server_id, name, transport, config_encrypted, enabled),
+              UPDATE (name, config_encrypted, enabled, updated_at),
+              DELETE
+           ON @extschema@.user_servers TO authenticated;
+        GRANT SELECT (id, ref_id, name, enabled, rate_limit_per_minute, created_at) ON @extschema@.system_servers TO authenticated;
+        GRANT SELECT,
+              INSERT (user_id, job_type, server_id, tool_name, params, status)
+           ON @extschema@.job_results TO authenticated;
+    END IF;
+
+    -- The trusted back end: everything public.
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'service_role') THEN
+        GRANT SELECT, INSERT, UPDATE, DELETE
+           ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results TO service_role;
+        GRANT EXECUTE ON FUNCTION
+            @extschema@.encrypt_token(text, text),
+            @extschema@.decrypt_token(bytea, text),
+            @extschema@.encrypt_config(jsonb, text),
+            @extschema@.decrypt_config(bytea, text),
+            _nexus_hub.decrypt_json(bytea, text)
+            TO service_role;
+        FOR policy IN SELECT t.name FROM (VALUES ('system_servers'), ('user_servers'), ('job_results')) AS t (name) LOOP
+            IF NOT EXISTS (
+                SELECT FROM pg_policies
+                 WHERE format('%I.%I', schemaname, tablename) = format('%s.%I', '@extschema@', policy.name)
+                   AND policyname = policy.name || '_service_all') THEN
+                EXECUTE format('CREATE POLICY %I ON @extschema@.%I FOR ALL TO service_role USING (true) WITH CHECK (true)',
+                               policy.name || '_service_all', policy.name);
+            END IF;
+        END LOOP;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.grant_api() IS
+    'Gives the roles authenticated and service_role, as far as they exist, their rights. Runs at install; run it again as a superuser when the roles were made later.';
+
+CREATE FUNCTION _nexus_hub.extension_created() RETURNS void
+LANGUAGE c VOLATILE
+AS 'MODULE_PATHNAME', 'extension_created_wrapper';
+COMMENT ON FUNCTION _nexus_hub.extension_created() IS
+    'Called at the end of the install script: has the launcher start this database''s worker when CREATE EXTENSION commits.';
+
+-- Default privileges (those of Supabase, say) may have opened what was just made: begin with the owner alone.
+DO $$
+DECLARE
+    grantee record;
+BEGIN
+    FOR grantee IN
+        SELECT DISTINCT
+               CASE d.classid WHEN 'pg_proc'::regclass THEN format('FUNCTION %s', d.objid::regprocedure)
+                              ELSE format('TABLE %s', d.objid::regclass) END AS object,
+               CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
+          FROM pg_catalog.pg_depend d
+          JOIN pg_catalog.pg_extension e ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND e.extname = 'nexus_hub'
+          LEFT JOIN pg_catalog.pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+          LEFT JOIN pg_catalog.pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'p', 'v')
+         CROSS JOIN LATERAL pg_catalog.aclexplode(CASE d.classid
+                   WHEN 'pg_proc'::regclass THEN coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))
+                   ELSE coalesce(c.relacl, pg_catalog.acldefault('r', c.relowner)) END) a
+         WHERE d.deptype = 'e'
+           AND coalesce(p.oid, c.oid) IS NOT NULL
+           AND a.grantee <> coalesce(p.proowner, c.relowner)
+    LOOP
+        EXECUTE pg_catalog.format('REVOKE ALL ON %s FROM %s', grantee.object, grantee.role);
+    END LOOP;
+END
+$$;
+
+-- Meant for everybody: policies and column defaults run these as whoever touches the tables, and they tell nothing.
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.uuid_v7() TO PUBLIC;
+
+SELECT _nexus_hub.grant_api();
+
+-- The worker of this database starts when this transaction commits.
+SELECT _nexus_hub.extension_created();

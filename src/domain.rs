@@ -1,0 +1,7 @@
+//! The pure floor: no PostgreSQL, no network, no clock and no randomness of its own. Tested by `cargo test --lib`.
+
+pub mod envelope;
+pub mod job;
+pub mod json;
+pub mod keyring;
+pub mod secret;

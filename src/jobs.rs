@@ -1,0 +1,147 @@
+//! Jobs: what their SQL functions need beyond SQL.
+
+pub mod queue;
+
+use crate::domain::job;
+use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
+use crate::pg::{bgworker, shmem, snapshot, xact};
+use pgrx::prelude::*;
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+const MAX_WAIT_MS: i32 = 3_600_000;
+/// A waiting session looks again this often even when nobody wakes it: on a standby nobody does.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// A new UUIDv7.
+#[pg_extern(sql = false)]
+fn uuid_v7() -> pgrx::Uuid {
+    pgrx::Uuid::from_bytes(uuid::Uuid::now_v7().into_bytes())
+}
+
+/// Raises a helpful error when a job's fields do not fit its type.
+#[pg_extern(sql = false)]
+fn check_job(
+    job_type: Option<&str>,
+    server_id: Option<&str>,
+    tool_name: Option<&str>,
+    params: Option<pgrx::JsonB>,
+) -> Result<(), ErrorReport> {
+    let params = params.map_or_else(|| serde_json::json!({}), |params| params.0);
+    let has_param = |key: &str| params.get(key).is_some_and(|value| !value.is_null());
+    job::check(job_type, server_id, tool_name, params.is_object(), has_param)
+        .map(|_| ())
+        .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))
+}
+
+/// Wakes the worker of this database when the transaction commits.
+#[pg_extern(sql = false)]
+fn wake_worker() -> Result<(), ErrorReport> {
+    if !shmem::preloaded() {
+        return Err(not_preloaded());
+    }
+    xact::wake_worker_at_commit();
+    Ok(())
+}
+
+/// Called at the end of the install script: the worker starts when CREATE EXTENSION commits.
+#[pg_extern(sql = false)]
+fn extension_created() {
+    if shmem::preloaded() {
+        xact::wake_worker_at_commit();
+    } else {
+        warn_not_preloaded();
+    }
+}
+
+/// Wakes the worker after a statement that changed jobs. The worker's own statements need no waking.
+#[pg_trigger(sql = false)]
+fn wake_on_change<'a>(
+    _trigger: &'a pgrx::PgTrigger<'a>,
+) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, ErrorReport> {
+    if shmem::preloaded() {
+        if !bgworker::is_own_worker() {
+            xact::wake_worker_at_commit();
+        }
+    } else {
+        warn_not_preloaded();
+    }
+    Ok(None::<PgHeapTuple<'a, pgrx::pgbox::AllocatedByRust>>)
+}
+
+fn warn_not_preloaded() {
+    thread_local! {
+        static WARNED: Cell<bool> = const { Cell::new(false) };
+    }
+    if !WARNED.replace(true) {
+        ereport!(
+            WARNING,
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            "nexus_hub is not preloaded: jobs stay pending until it is (add it to shared_preload_libraries and restart)"
+        );
+    }
+}
+
+/// Raises the error of a job that is not there.
+#[pg_extern(sql = false)]
+fn job_not_found(job_id: Option<pgrx::Uuid>) -> Result<(), ErrorReport> {
+    let id = job_id.map_or_else(|| "NULL".into(), |id| uuid::Uuid::from_bytes(*id.as_bytes()).to_string());
+    Err(error(Kind::BadArgument, format!("Job {id} not found")))
+}
+
+/// Blocks until a job is finished or the time is over. Runs as the extension's owner, for jobs that the calling
+/// function has found visible to its caller.
+#[pg_extern(sql = false)]
+fn await_job(job_id: pgrx::Uuid, timeout_ms: Option<i32>) -> Result<(), ErrorReport> {
+    let Some(timeout_ms) = timeout_ms.filter(|timeout_ms| (0..=MAX_WAIT_MS).contains(timeout_ms)) else {
+        return Err(error(
+            Kind::BadArgument,
+            format!(
+                "p_timeout_ms must be between 0 and {MAX_WAIT_MS}, not {}",
+                timeout_ms.map_or_else(|| "NULL".into(), |timeout_ms| timeout_ms.to_string())
+            ),
+        ));
+    };
+    let deadline = Instant::now() + Duration::from_millis(timeout_ms as u64);
+    // Take the place in the queue before looking, so that an end in between is not missed.
+    let wait = shmem::JobWait::begin();
+    loop {
+        let (finished, uncommitted) = progress(job_id)?;
+        if finished {
+            return Ok(());
+        }
+        if uncommitted {
+            return Err(error(Kind::NotReady, "the job can not finish before this transaction has committed")
+                .set_detail("This transaction made or changed the job, and no worker sees that before the commit.")
+                .set_hint("Commit first, then wait."));
+        }
+        if snapshot::is_frozen() {
+            return Err(error(Kind::NotReady, "this transaction can not see the job finish")
+                .set_detail("Its isolation level shows the database as it was when the transaction began.")
+                .set_hint("Wait in a transaction of isolation level READ COMMITTED."));
+        }
+        let wait = wait.as_ref().ok_or_else(not_preloaded)?;
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if remaining.is_zero() {
+            return Ok(());
+        }
+        wait.sleep(remaining.min(LOOK_AGAIN));
+    }
+}
+
+/// Whether a job is finished (or gone), and whether the running transaction itself wrote it.
+fn progress(job_id: pgrx::Uuid) -> Result<(bool, bool), ErrorReport> {
+    let row = snapshot::with_fresh(|| {
+        Spi::connect(|client| {
+            let rows = client.select(
+                "SELECT finished, uncommitted FROM _nexus_hub.job_progress($1)",
+                Some(1),
+                &[job_id.into()],
+            )?;
+            rows.first().get_two::<bool, bool>()
+        })
+    });
+    let (finished, uncommitted) =
+        row.map_err(|problem| error(Kind::Internal, format!("could not read the job's state: {problem}")))?;
+    Ok((finished.unwrap_or(true), uncommitted.unwrap_or(false)))
+}

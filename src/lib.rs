@@ -1,0 +1,36 @@
+//! nexus_hub: the back end of an MCP hub inside PostgreSQL.
+//!
+//! Floors, imports run downward only: `worker` → the façades `jobs`, `servers`, `vault` → `net` and `pg` → `domain`.
+
+mod domain;
+mod jobs;
+mod net;
+mod pg;
+mod servers;
+mod vault;
+mod worker;
+
+use pgrx::prelude::*;
+
+pgrx::pg_module_magic!();
+
+extension_sql_file!("../sql/bootstrap.sql", name = "bootstrap", bootstrap);
+extension_sql_file!(
+    "../sql/vault.sql",
+    name = "vault",
+    requires = ["bootstrap", vault::encrypt_token, vault::decrypt_token]
+);
+extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]);
+extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
+extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
+
+/// Called by PostgreSQL when it loads the library.
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    pg::guc::register();
+    if pg::preloading() {
+        pg::shmem::register();
+        pg::hooks::register();
+        worker::register();
+    }
+}

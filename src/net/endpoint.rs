@@ -1,0 +1,148 @@
+//! Where a request goes and what credentials go with it: URLs, headers and the config of a server.
+
+use crate::domain::secret::Secret;
+use reqwest::Url;
+use reqwest::header::{HeaderName, HeaderValue};
+use serde_json::{Map, Value};
+use std::time::Duration;
+
+/// Longest time-out a config or a job may ask for.
+const MAX_TIMEOUT_MS: u64 = 3_600_000;
+
+/// Headers that belong to the protocol: a config that sets them would break the session or the message framing.
+const RESERVED: [&str; 9] = [
+    "accept",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "last-event-id",
+    "mcp-protocol-version",
+    "mcp-session-id",
+    "transfer-encoding",
+];
+
+/// An MCP server: the plaintext of a config, checked.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Endpoint {
+    pub url: Url,
+    pub headers: Vec<(HeaderName, Secret)>,
+    pub timeout: Option<Duration>,
+}
+
+impl Endpoint {
+    /// Reads `{"url": …, "headers": {…}, "timeout_ms": …}`; other keys are left to others. The problem, if there is
+    /// one, names keys but never quotes a value: any may hold a secret.
+    pub fn parse(config: &Value) -> Result<Self, String> {
+        let config = config.as_object().ok_or("the config is not a JSON object")?;
+        let headers = headers(config)?;
+        if let Some((name, _)) = headers.iter().find(|(name, _)| RESERVED.contains(&name.as_str())) {
+            return Err(format!("the header \"{name}\" is set by the protocol and can not be given"));
+        }
+        Ok(Self { url: url(config)?, headers, timeout: timeout(config)? })
+    }
+
+    /// The secrets that must not come out in a text.
+    pub fn secrets(&self) -> impl Iterator<Item = &Secret> {
+        self.headers.iter().map(|(_, value)| value)
+    }
+}
+
+/// The key "url": absolute, http or https, with a host.
+pub fn url(object: &Map<String, Value>) -> Result<Url, String> {
+    let text = match object.get("url") {
+        Some(Value::String(text)) => text,
+        Some(_) => return Err("\"url\" is not a string".into()),
+        None => return Err("\"url\" is missing".into()),
+    };
+    let url = Url::parse(text.trim()).map_err(|problem| format!("\"url\" is not a valid URL: {problem}"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err("\"url\" must begin with http:// or https://".into());
+    }
+    Ok(url)
+}
+
+/// The key "headers": an object of strings that are fit to be sent.
+pub fn headers(object: &Map<String, Value>) -> Result<Vec<(HeaderName, Secret)>, String> {
+    let given = match object.get("headers") {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Object(given)) => given,
+        Some(_) => return Err("\"headers\" is not a JSON object".into()),
+    };
+    let mut headers = Vec::with_capacity(given.len());
+    for (name, value) in given {
+        let parsed = HeaderName::from_bytes(name.as_bytes())
+            .map_err(|_| "\"headers\" has a name that is not a valid header name".to_owned())?;
+        let Value::String(value) = value else {
+            return Err(format!("the header \"{parsed}\" is not a string"));
+        };
+        // Control characters would let a value end the line and begin another header.
+        if HeaderValue::from_str(value).is_err() {
+            return Err(format!("the header \"{parsed}\" has characters that are not allowed in a header"));
+        }
+        headers.push((parsed, Secret::new(value.clone())));
+    }
+    Ok(headers)
+}
+
+/// The key "timeout_ms": 1 to 3600000.
+pub fn timeout(object: &Map<String, Value>) -> Result<Option<Duration>, String> {
+    match object.get("timeout_ms") {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64() {
+            Some(milliseconds @ 1..=MAX_TIMEOUT_MS) => Ok(Some(Duration::from_millis(milliseconds))),
+            _ => Err(format!("\"timeout_ms\" is not a whole number from 1 to {MAX_TIMEOUT_MS}")),
+        },
+    }
+}
+
+/// A header's value for sending; marked so that the HTTP library keeps it out of its own debug output.
+pub fn sensitive(value: &Secret) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(value.expose()).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn problem(config: Value) -> String {
+        Endpoint::parse(&config).err().unwrap_or_default()
+    }
+
+    #[test]
+    fn a_config_is_read_and_unknown_keys_are_left_alone() {
+        let config = json!({"url": "https://host.example/mcp", "headers": {"Authorization": "Bearer t"}, "timeout_ms": 5, "note": 1});
+        let endpoint = Endpoint::parse(&config).unwrap_or_else(|problem| panic!("{problem}"));
+        assert_eq!(endpoint.url.as_str(), "https://host.example/mcp");
+        assert_eq!(endpoint.timeout, Some(Duration::from_millis(5)));
+        assert_eq!(endpoint.headers[0].0, "authorization");
+        assert!(!format!("{endpoint:?}").contains("Bearer"));
+    }
+
+    #[test]
+    fn problems_name_the_key_and_never_quote_a_value() {
+        assert_eq!(problem(json!([])), "the config is not a JSON object");
+        assert_eq!(problem(json!({})), "\"url\" is missing");
+        assert_eq!(problem(json!({"url": 1})), "\"url\" is not a string");
+        assert_eq!(problem(json!({"url": "file:///etc/passwd"})), "\"url\" must begin with http:// or https://");
+        for text in ["not a url", "http://", "http://[::1", "https://secret host/"] {
+            let problem = problem(json!({"url": text}));
+            assert!(problem.contains("not a valid URL") && !problem.contains("secret"), "{text}: {problem}");
+        }
+        let url = "http://host/";
+        for value in ["a\r\nX-Evil: 1", "a\nb", "a\u{0}b"] {
+            let problem = problem(json!({"url": url, "headers": {"X-Token": value}}));
+            assert_eq!(problem, "the header \"x-token\" has characters that are not allowed in a header");
+        }
+        assert!(problem(json!({"url": url, "headers": {"X\r\nEvil": "1"}})).contains("not a valid header name"));
+        assert!(problem(json!({"url": url, "headers": {"X": 1}})).contains("not a string"));
+        assert!(problem(json!({"url": url, "headers": []})).contains("not a JSON object"));
+        assert!(problem(json!({"url": url, "headers": {"Mcp-Session-Id": "1"}})).contains("set by the protocol"));
+        for value in [json!(0), json!(-1), json!(1.5), json!("9"), json!(3_600_001)] {
+            assert!(problem(json!({"url": url, "timeout_ms": value})).contains("timeout_ms"), "{value}");
+        }
+    }
+}

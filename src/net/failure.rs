@@ -1,0 +1,150 @@
+//! What can go wrong on the way to a server and back, in words that a person understands.
+
+use reqwest::StatusCode;
+use std::time::Duration;
+
+/// Characters of a server's own words that an error may hold.
+const MAX_QUOTE: usize = 500;
+
+/// Why there is no good answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The job or the server's config can't be used as it is.
+    BadRequest(String),
+    /// The host has no address.
+    Resolve { host: String },
+    /// No connection came about.
+    Connect { authority: String, reason: String },
+    /// The connection broke before the answer was whole.
+    Broken(String),
+    /// The time was over.
+    Timeout(Duration),
+    /// The server refused, with a snippet of what it said.
+    Status { status: u16, body: String },
+    /// The answer was larger than allowed.
+    TooLarge { limit: usize },
+    /// The answer was no MCP.
+    NotMcp(String),
+    /// The server answered the call with a JSON-RPC error.
+    Rpc { code: i32, message: String },
+    /// The worker itself failed.
+    Internal(String),
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::BadRequest(problem) => f.write_str(problem),
+            Failure::Resolve { host } => write!(f, "could not find the host \"{host}\""),
+            Failure::Connect { authority, reason } => write!(f, "could not connect to {authority}: {reason}"),
+            Failure::Broken(reason) => write!(f, "the connection broke before the answer was complete: {reason}"),
+            Failure::Timeout(time) => write!(f, "timed out: no answer within {} ms", time.as_millis()),
+            Failure::Status { status, body } => {
+                write!(f, "the server answered {}", status_text(*status))?;
+                match status {
+                    401 => f.write_str(": it does not accept the credentials in the server's config")?,
+                    403 => f.write_str(": the credentials in the server's config do not allow this")?,
+                    404 => f.write_str(": nothing is served at that URL")?,
+                    _ => {}
+                }
+                if body.is_empty() { Ok(()) } else { write!(f, " ({body})") }
+            }
+            Failure::TooLarge { limit } => {
+                write!(f, "the answer is larger than {limit} bytes (nexus_hub.max_response_bytes)")
+            }
+            Failure::NotMcp(what) => write!(f, "the server does not speak MCP at that URL: {what}"),
+            Failure::Rpc { code, message } => write!(f, "the server refused the call: {message} (MCP error {code})"),
+            Failure::Internal(what) => write!(f, "internal error: {what}"),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// "404 Not Found", or the number alone where it has no name.
+pub fn status_text(status: u16) -> String {
+    match StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()) {
+        Some(reason) => format!("{status} {reason}"),
+        None => status.to_string(),
+    }
+}
+
+/// A server's own words, on one line and of bounded length.
+pub fn quote(text: &str) -> String {
+    let mut words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    words.retain(|c| !c.is_control());
+    if words.chars().count() <= MAX_QUOTE {
+        return words;
+    }
+    words.chars().take(MAX_QUOTE).chain(['…']).collect()
+}
+
+impl From<reqwest::Error> for Failure {
+    // The error's own text holds the URL, which may hold a secret: only its causes are used.
+    fn from(error: reqwest::Error) -> Self {
+        let authority = error.url().map_or_else(
+            || "the server".into(),
+            |url| {
+                let host = url.host_str().unwrap_or_default();
+                url.port_or_known_default().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+            },
+        );
+        let host = error.url().and_then(|url| url.host_str()).unwrap_or("the server").to_owned();
+        let mut reason = String::new();
+        let mut source: Option<&dyn std::error::Error> = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            reason = cause.to_string();
+            if reason.contains("dns error") || reason.contains("failed to lookup address") {
+                return Failure::Resolve { host };
+            }
+            if let Some(io) = cause.downcast_ref::<std::io::Error>()
+                && let Some(plain) = plain_io_reason(io.kind())
+            {
+                reason = plain.into();
+                break;
+            }
+            source = cause.source();
+        }
+        if error.is_connect() {
+            Failure::Connect { authority, reason: quote(&reason) }
+        } else if error.is_builder() {
+            Failure::BadRequest(format!("the request can not be built: {}", quote(&reason)))
+        } else {
+            Failure::Broken(quote(if reason.is_empty() { "no reason given" } else { &reason }))
+        }
+    }
+}
+
+fn plain_io_reason(kind: std::io::ErrorKind) -> Option<&'static str> {
+    use std::io::ErrorKind as Kind;
+    match kind {
+        Kind::ConnectionRefused => Some("connection refused"),
+        Kind::ConnectionReset => Some("connection reset by the server"),
+        Kind::ConnectionAborted => Some("connection aborted"),
+        Kind::HostUnreachable => Some("host unreachable"),
+        Kind::NetworkUnreachable => Some("network unreachable"),
+        Kind::TimedOut => Some("connection timed out"),
+        Kind::UnexpectedEof => Some("connection closed by the server"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_read_like_sentences() {
+        let status = |status| Failure::Status { status, body: String::new() }.to_string();
+        assert_eq!(status(500), "the server answered 500 Internal Server Error");
+        assert_eq!(status(599), "the server answered 599");
+        assert!(status(401).contains("does not accept the credentials"));
+        assert_eq!(Failure::Timeout(Duration::from_millis(1500)).to_string(), "timed out: no answer within 1500 ms");
+    }
+
+    #[test]
+    fn quotes_are_one_bounded_line() {
+        assert_eq!(quote("  a\n\tb \u{7}c "), "a b c");
+        assert_eq!(quote(&"ä".repeat(600)).chars().count(), 501);
+    }
+}

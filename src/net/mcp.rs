@@ -1,0 +1,167 @@
+//! MCP calls: which session they go over, and what their answers mean.
+
+mod session;
+mod transport;
+mod wire;
+
+pub use session::Sessions;
+
+use super::endpoint::Endpoint;
+use super::failure::{Failure, quote};
+use super::outcome::Verdict;
+use rmcp::model::{
+    CallToolRequest, CallToolRequestParams, ClientRequest, CustomResult, GetPromptRequest, GetPromptRequestParams,
+    ReadResourceRequest, ReadResourceRequestParams, ServerResult,
+};
+use rmcp::service::{PeerRequestOptions, ServiceError};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use std::time::Duration;
+use transport::CallTag;
+use uuid::Uuid;
+
+/// What is asked of an MCP server.
+#[derive(Clone, Debug)]
+pub enum McpCall {
+    Tool { name: String, arguments: Map<String, Value> },
+    Resource { uri: String },
+    Prompt { name: String, arguments: Map<String, Value> },
+}
+
+impl McpCall {
+    fn into_request(self, tag: CallTag) -> ClientRequest {
+        match self {
+            McpCall::Tool { name, arguments } => {
+                let mut request = CallToolRequest::new(CallToolRequestParams::new(name).with_arguments(arguments));
+                request.extensions.insert(tag);
+                ClientRequest::CallToolRequest(request)
+            }
+            McpCall::Resource { uri } => {
+                let mut request = ReadResourceRequest::new(ReadResourceRequestParams::new(uri));
+                request.extensions.insert(tag);
+                ClientRequest::ReadResourceRequest(request)
+            }
+            McpCall::Prompt { name, arguments } => {
+                let mut request = GetPromptRequest::new(GetPromptRequestParams::new(name).with_arguments(arguments));
+                request.extensions.insert(tag);
+                ClientRequest::GetPromptRequest(request)
+            }
+        }
+    }
+}
+
+/// Makes one call over the session with the server, which is opened if need be.
+pub async fn perform(
+    sessions: &Sessions,
+    endpoint: &Endpoint,
+    call: McpCall,
+    job: Uuid,
+    time: Duration,
+) -> Result<Verdict, Failure> {
+    let deadline = tokio::time::Instant::now() + time;
+    let peer = sessions.peer(endpoint).await?;
+    let tag = CallTag::new(job);
+    let remaining = deadline.saturating_duration_since(tokio::time::Instant::now());
+    // With its own time-out the library also tells the server that the call is off.
+    let options = PeerRequestOptions::with_timeout(remaining);
+    let request = call.into_request(tag.clone());
+    let answered = async { peer.send_cancellable_request(request, options).await?.await_response().await };
+    tokio::select! {
+        // What the transport noted is more telling than what the library makes of it.
+        biased;
+        failure = tag.failed() => Err(failure),
+        answer = answered => match answer {
+            Ok(ServerResult::CustomResult(CustomResult(wrapped))) => wire::unwrap(wrapped).and_then(judge),
+            Ok(_) => Err(Failure::NotMcp("the answer does not fit the call".into())),
+            Err(error) => Err(tag.take().unwrap_or_else(|| describe(error, time))),
+        },
+    }
+}
+
+fn describe(error: ServiceError, time: Duration) -> Failure {
+    match error {
+        ServiceError::McpError(error) => Failure::Rpc { code: error.code.0, message: quote(&error.message) },
+        ServiceError::Timeout { .. } => Failure::Timeout(time),
+        ServiceError::TransportClosed => Failure::Broken("the MCP session was closed".into()),
+        other => Failure::Broken(quote(&other.to_string())),
+    }
+}
+
+/// The parts of a result that decide whether the job succeeded.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Gist {
+    #[serde(default)]
+    is_error: Option<bool>,
+    #[serde(default)]
+    result_type: Option<String>,
+    #[serde(default)]
+    content: Value,
+}
+
+fn judge(result: String) -> Result<Verdict, Failure> {
+    let gist: Gist = serde_json::from_str(&result)
+        .map_err(|_| Failure::NotMcp("the result is not an object of the expected form".into()))?;
+    let failed = |error: String, result| Ok(Verdict::Failed { error, result: Some(result) });
+    match gist.result_type.as_deref() {
+        None | Some("complete") => {}
+        Some("input_required") => {
+            return failed(
+                "the server asks for input from a person, which a background job can not give".into(),
+                result,
+            );
+        }
+        Some(other) => {
+            return failed(format!("the server answered with \"{}\", which is not supported", quote(other)), result);
+        }
+    }
+    if gist.is_error == Some(true) {
+        return failed(error_text(&gist.content), result);
+    }
+    Ok(Verdict::Completed { result })
+}
+
+/// The texts of a tool's error, joined.
+fn error_text(content: &Value) -> String {
+    let texts: Vec<&str> = content
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|block| block.get("text").and_then(Value::as_str))
+        .collect();
+    match quote(&texts.join(" ")) {
+        text if text.is_empty() => "the tool reported an error without a text".into(),
+        text => format!("the tool reported an error: {text}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_kept_and_judged() {
+        let text = r#"{"content":[{"type":"text","text":"5"}],"x":1.10}"#.to_owned();
+        assert_eq!(judge(text.clone()), Ok(Verdict::Completed { result: text }));
+        let text = r#"{"content":[{"type":"text","text":"no\nway"}],"isError":true}"#.to_owned();
+        assert_eq!(
+            judge(text.clone()),
+            Ok(Verdict::Failed { error: "the tool reported an error: no way".into(), result: Some(text) })
+        );
+    }
+
+    #[test]
+    fn an_error_without_a_text_and_a_request_for_input_are_failures() {
+        for (text, word) in [
+            (r#"{"isError":true,"content":[]}"#, "without a text"),
+            (r#"{"resultType":"input_required"}"#, "input from a person"),
+            (r#"{"resultType":"task","task":{}}"#, "not supported"),
+        ] {
+            match judge(text.to_owned()) {
+                Ok(Verdict::Failed { error, result: Some(_) }) => assert!(error.contains(word), "{error}"),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(judge("[]".into()).is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! MCP sessions: one per server and credentials, kept over jobs, opened again when lost, closed when idle.
+
+use super::transport::{Noted, Transport};
+use crate::net::endpoint::{Endpoint, sensitive};
+use crate::net::failure::{Failure, quote};
+use crate::net::runtime::Limits;
+use reqwest::header::{HeaderName, HeaderValue};
+use rmcp::model::{ClientCapabilities, ClientConfig, Implementation, ProtocolVersion};
+use rmcp::service::{ClientInitializeError, ClientLifecycleMode, ClientServiceExt, Peer, RoleClient, RunningService};
+use rmcp::transport::StreamableHttpClientTransport;
+use rmcp::transport::streamable_http_client::StreamableHttpClientTransportConfig;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a session that is being closed may take to say goodbye.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+
+struct Open {
+    service: RunningService<RoleClient, ClientConfig>,
+    used: Instant,
+}
+
+#[derive(Default)]
+struct State {
+    open: Option<Open>,
+    /// The last attempt to open, if it failed: those who waited for it share its failure instead of trying in turn.
+    failed: Option<(Instant, Failure)>,
+}
+
+/// The sessions of the process, by server and credentials.
+pub struct Sessions {
+    client: reqwest::Client,
+    limits: Arc<Limits>,
+    sessions: Mutex<HashMap<Endpoint, Arc<tokio::sync::Mutex<State>>>>,
+}
+
+impl Sessions {
+    pub fn new(client: reqwest::Client, limits: Arc<Limits>) -> Self {
+        Self { client, limits, sessions: Mutex::default() }
+    }
+
+    /// The session with a server, as a handle to call it; opened when there is none that lives.
+    pub async fn peer(&self, endpoint: &Endpoint) -> Result<Peer<RoleClient>, Failure> {
+        let asked = Instant::now();
+        let session = {
+            let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(sessions.entry(endpoint.clone()).or_default())
+        };
+        let mut state = session.lock().await;
+        if let Some(open) = &mut state.open
+            && !open.service.is_closed()
+            && !open.service.is_transport_closed()
+        {
+            open.used = Instant::now();
+            return Ok(open.service.peer().clone());
+        }
+        state.open = None;
+        if let Some((at, failure)) = &state.failed
+            && *at > asked
+        {
+            return Err(failure.clone());
+        }
+        match self.open(endpoint).await {
+            Ok(service) => {
+                let peer = service.peer().clone();
+                *state = State { open: Some(Open { service, used: Instant::now() }), failed: None };
+                Ok(peer)
+            }
+            Err(failure) => {
+                state.failed = Some((Instant::now(), failure.clone()));
+                Err(failure)
+            }
+        }
+    }
+
+    async fn open(&self, endpoint: &Endpoint) -> Result<RunningService<RoleClient, ClientConfig>, Failure> {
+        let noted = Noted::default();
+        let transport = Transport::new(self.client.clone(), Arc::clone(&self.limits), noted.clone());
+        let mut config = StreamableHttpClientTransportConfig::with_uri(endpoint.url.as_str());
+        config.max_concurrent_requests = self.limits.max_in_flight();
+        config.custom_headers = endpoint
+            .headers
+            .iter()
+            .filter_map(|(name, value)| sensitive(value).map(|value| (name.clone(), value)))
+            .collect::<HashMap<HeaderName, HeaderValue>>();
+        let info = ClientConfig::new(
+            ClientCapabilities::default(),
+            Implementation::new("nexus_hub", env!("CARGO_PKG_VERSION")),
+        );
+        let lifecycle =
+            ClientLifecycleMode::Auto { preferred_versions: vec![ProtocolVersion::V_2026_07_28], legacy_version: None };
+        let transport = StreamableHttpClientTransport::with_client(transport, config);
+        info.serve_with_lifecycle(transport, lifecycle)
+            .await
+            .map_err(|error| noted.take().unwrap_or_else(|| describe(&error)))
+    }
+
+    /// Closes the sessions that no job has used for `time`.
+    pub async fn close_idle(&self, time: Duration) {
+        let sessions: Vec<_> = {
+            let map = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+            map.iter().map(|(endpoint, session)| (endpoint.clone(), Arc::clone(session))).collect()
+        };
+        for (endpoint, session) in sessions {
+            // One that is locked is in use.
+            let Ok(mut state) = session.try_lock() else { continue };
+            let idle = match &state.open {
+                Some(open) => open.used.elapsed() >= time || open.service.is_closed(),
+                None => state.failed.as_ref().is_none_or(|(at, _)| at.elapsed() >= time),
+            };
+            if !idle {
+                continue;
+            }
+            let open = state.open.take();
+            drop(state);
+            self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(&endpoint);
+            if let Some(mut open) = open {
+                // A server that does not answer the goodbye forgets the session by itself in time.
+                let _ = open.service.close_with_timeout(CLOSE_TIME).await;
+            }
+        }
+    }
+}
+
+fn describe(error: &ClientInitializeError) -> Failure {
+    match error {
+        ClientInitializeError::JsonRpcError(error) => {
+            Failure::Rpc { code: error.code.0, message: quote(&error.message) }
+        }
+        ClientInitializeError::LegacyFallbackFailed { fallback, .. } => describe(fallback),
+        ClientInitializeError::NoCompatibleProtocolVersion { .. } => {
+            Failure::NotMcp("client and server have no protocol version in common".into())
+        }
+        ClientInitializeError::ExpectedInitResponse(_) | ClientInitializeError::ExpectedInitResult(_) => {
+            Failure::NotMcp("the answer to the handshake is not the one expected".into())
+        }
+        other => Failure::Broken(quote(&other.to_string())),
+    }
+}

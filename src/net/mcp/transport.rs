@@ -1,0 +1,296 @@
+//! Streamable HTTP for the MCP library, over the client that plain HTTP uses too: same limits, same policy, and
+//! failures in our own words.
+
+use super::wire;
+use crate::net::failure::{Failure, quote};
+use crate::net::http::{IDEMPOTENCY_KEY, read_body};
+use crate::net::runtime::Limits;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderName, HeaderValue};
+use reqwest::{RequestBuilder, Response, StatusCode};
+use rmcp::model::{ClientJsonRpcMessage, ClientRequest, ErrorData, GetExtensions, ServerJsonRpcMessage};
+use rmcp::transport::streamable_http_client::{
+    SseError, StreamableHttpClient, StreamableHttpError, StreamableHttpPostResponse,
+};
+use sse_stream::{Sse, SseStream};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use uuid::Uuid;
+
+const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+const JSON: &str = "application/json";
+const EVENT_STREAM: &str = "text/event-stream";
+
+/// A place for the failure that explains what the library reports.
+#[derive(Clone, Debug, Default)]
+pub struct Noted(Arc<(Mutex<Option<Failure>>, tokio::sync::Notify)>);
+
+impl Noted {
+    fn set(&self, failure: Failure) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+        self.0.1.notify_one();
+    }
+
+    /// The failure, if one was noted.
+    pub fn take(&self) -> Option<Failure> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Travels with a call from the job to its HTTP request, and with a failure back.
+#[derive(Clone, Debug)]
+pub struct CallTag {
+    job: Uuid,
+    noted: Noted,
+}
+
+impl CallTag {
+    pub fn new(job: Uuid) -> Self {
+        Self { job, noted: Noted::default() }
+    }
+
+    /// Waits for the transport to note a failure.
+    pub async fn failed(&self) -> Failure {
+        loop {
+            if let Some(failure) = self.take() {
+                return failure;
+            }
+            self.noted.0.1.notified().await;
+        }
+    }
+
+    /// The failure, if one was noted.
+    pub fn take(&self) -> Option<Failure> {
+        self.noted.take()
+    }
+}
+
+/// The HTTP of one session.
+#[derive(Clone)]
+pub struct Transport {
+    client: reqwest::Client,
+    limits: Arc<Limits>,
+    noted: Noted,
+}
+
+type Failed = StreamableHttpError<Failure>;
+type Headers = HashMap<HeaderName, HeaderValue>;
+type Events = BoxStream<'static, Result<Sse, SseError>>;
+
+impl Transport {
+    /// A transport that notes in `noted` what goes wrong outside of calls: in the handshake.
+    pub fn new(client: reqwest::Client, limits: Arc<Limits>, noted: Noted) -> Self {
+        Self { client, limits, noted }
+    }
+
+    async fn post(
+        &self,
+        request: RequestBuilder,
+        message: &ClientJsonRpcMessage,
+        has_session: bool,
+    ) -> Result<StreamableHttpPostResponse, Failed> {
+        let response = request.json(message).send().await.map_err(Failure::from)?;
+        let status = response.status();
+        if status == StatusCode::NOT_FOUND && has_session {
+            // The library opens a new session and sends the call again.
+            return Err(StreamableHttpError::SessionExpired);
+        }
+        let is_request = matches!(message, ClientJsonRpcMessage::Request(_));
+        if matches!(status, StatusCode::ACCEPTED | StatusCode::NO_CONTENT) || (status.is_success() && !is_request) {
+            return Ok(StreamableHttpPostResponse::Accepted);
+        }
+        let session = response.headers().get(SESSION_ID).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let kind = content_type(&response);
+        let is_call = call_tag(message).is_some();
+        if status.is_success() && kind.starts_with(EVENT_STREAM) {
+            return Ok(StreamableHttpPostResponse::Sse(self.events(response, self.place(message), is_call), session));
+        }
+        let body = read_body(response, self.limits.max_response_bytes()).await?;
+        let text = String::from_utf8_lossy(&body);
+        if !status.is_success() {
+            return refused(message, status, &text, has_session, session);
+        }
+        if !kind.starts_with(JSON) {
+            let kind =
+                if kind.is_empty() { "no content type".into() } else { format!("content type {}", quote(&kind)) };
+            return Err(Failure::NotMcp(format!("it answered with {kind}")).into());
+        }
+        let wrapped = if is_call { wire::wrap(&text) } else { None };
+        parse(wrapped.as_deref().unwrap_or(&text)).map(|message| StreamableHttpPostResponse::Json(message, session))
+    }
+
+    /// The events of a response, up to the size that a whole answer may have.
+    fn events(&self, response: Response, noted: Noted, has_result: bool) -> Events {
+        let limit = self.limits.max_response_bytes();
+        let mut size = 0;
+        let capped = response.bytes_stream().map_err(Failure::from).map(move |chunk| {
+            let chunk = chunk.and_then(|chunk| {
+                size += chunk.len();
+                if size > limit { Err(Failure::TooLarge { limit }) } else { Ok(chunk) }
+            });
+            chunk.inspect_err(|failure| noted.set(failure.clone()))
+        });
+        SseStream::from_bytes_stream(capped)
+            .map_ok(move |mut event| {
+                if has_result && let Some(wrapped) = event.data.as_deref().and_then(wire::wrap) {
+                    event.data = Some(wrapped);
+                }
+                event
+            })
+            .boxed()
+    }
+
+    /// Where failures of a message are noted: with its call, or with the session for those of the handshake.
+    fn place(&self, message: &ClientJsonRpcMessage) -> Noted {
+        call_tag(message).map_or_else(|| self.noted.clone(), |tag| tag.noted)
+    }
+}
+
+impl From<Failure> for Failed {
+    fn from(failure: Failure) -> Self {
+        StreamableHttpError::Client(failure)
+    }
+}
+
+/// What an answer with an error status means: a JSON-RPC error where there is one in it, else the status.
+fn refused(
+    message: &ClientJsonRpcMessage,
+    status: StatusCode,
+    text: &str,
+    has_session: bool,
+    session: Option<String>,
+) -> Result<StreamableHttpPostResponse, Failed> {
+    let is_auth = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+    let rpc_error = match serde_json::from_str(text) {
+        Ok(ServerJsonRpcMessage::Error(error)) if !is_auth => Some(error),
+        _ => None,
+    };
+    if let ClientJsonRpcMessage::Request(request) = message
+        && matches!(request.request, ClientRequest::DiscoverRequest(_))
+        && status.is_client_error()
+        && !is_auth
+        && !has_session
+    {
+        // A server of the older protocol does not know the question; told so in its own terms, the library goes on to
+        // the older handshake. The id is the question's, because such answers often come without it.
+        let error = rpc_error.map_or_else(
+            || ErrorData::invalid_request(format!("server/discover was answered with {status}"), None),
+            |error| error.error,
+        );
+        let message = ServerJsonRpcMessage::error(error, Some(request.id.clone()));
+        return Ok(StreamableHttpPostResponse::Json(message, None));
+    }
+    match rpc_error {
+        Some(error) => Ok(StreamableHttpPostResponse::Json(ServerJsonRpcMessage::Error(error), session)),
+        None => Err(Failure::Status { status: status.as_u16(), body: quote(&plain_words(text)) }.into()),
+    }
+}
+
+/// What a refusal says: the message of a JSON body, a plain text; of a page of HTML, nothing.
+fn plain_words(text: &str) -> String {
+    if text.trim_start().starts_with('<') {
+        return String::new();
+    }
+    let json: Option<serde_json::Value> = serde_json::from_str(text).ok();
+    let message = json.as_ref().and_then(|json| {
+        [json.pointer("/error/message"), json.get("message"), json.get("error_description"), json.get("error")]
+            .into_iter()
+            .flatten()
+            .find_map(|value| value.as_str())
+    });
+    message.unwrap_or(text).to_owned()
+}
+
+fn parse(text: &str) -> Result<ServerJsonRpcMessage, Failed> {
+    serde_json::from_str(text).map_err(|problem| {
+        let what = if problem.is_data() {
+            "it answered with JSON that is not JSON-RPC"
+        } else {
+            "it answered with text that is not JSON"
+        };
+        Failure::NotMcp(what.into()).into()
+    })
+}
+
+fn content_type(response: &Response) -> String {
+    let value = response.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    String::from_utf8_lossy(value).to_ascii_lowercase()
+}
+
+fn call_tag(message: &ClientJsonRpcMessage) -> Option<CallTag> {
+    match message {
+        ClientJsonRpcMessage::Request(request) => request.request.extensions().get::<CallTag>().cloned(),
+        _ => None,
+    }
+}
+
+fn with_headers(mut request: RequestBuilder, session: Option<&str>, headers: Headers) -> RequestBuilder {
+    for (name, value) in headers {
+        request = request.header(name, value);
+    }
+    match session {
+        Some(session) => request.header(SESSION_ID, session),
+        None => request,
+    }
+}
+
+impl StreamableHttpClient for Transport {
+    type Error = Failure;
+
+    async fn post_message(
+        &self,
+        uri: Arc<str>,
+        message: ClientJsonRpcMessage,
+        session_id: Option<Arc<str>>,
+        _auth_header: Option<String>,
+        custom_headers: Headers,
+    ) -> Result<StreamableHttpPostResponse, Failed> {
+        let request = self.client.post(uri.as_ref()).header(ACCEPT, format!("{JSON}, {EVENT_STREAM}"));
+        let mut request = with_headers(request, session_id.as_deref(), custom_headers);
+        if let Some(tag) = call_tag(&message) {
+            request = request.header(IDEMPOTENCY_KEY, tag.job.to_string());
+        }
+        let result = self.post(request, &message, session_id.is_some()).await;
+        if let Err(StreamableHttpError::Client(failure)) = &result {
+            self.place(&message).set(failure.clone());
+        }
+        result
+    }
+
+    async fn delete_session(
+        &self,
+        uri: Arc<str>,
+        session_id: Arc<str>,
+        _auth_header: Option<String>,
+        custom_headers: Headers,
+    ) -> Result<(), Failed> {
+        let request = with_headers(self.client.delete(uri.as_ref()), Some(&session_id), custom_headers);
+        request.send().await.map_err(Failure::from)?;
+        Ok(())
+    }
+
+    async fn get_stream(
+        &self,
+        uri: Arc<str>,
+        session_id: Option<Arc<str>>,
+        last_event_id: Option<String>,
+        _auth_header: Option<String>,
+        custom_headers: Headers,
+    ) -> Result<Events, Failed> {
+        // Without an event to go on from this is the stream of unasked messages: no job needs them, and each such
+        // stream would hold a connection for as long as the session lives.
+        let Some(last_event_id) = last_event_id else {
+            return Err(StreamableHttpError::ServerDoesNotSupportSse);
+        };
+        let request = self.client.get(uri.as_ref()).header(ACCEPT, EVENT_STREAM).header(LAST_EVENT_ID, last_event_id);
+        let response =
+            with_headers(request, session_id.as_deref(), custom_headers).send().await.map_err(Failure::from)?;
+        let status = response.status();
+        if !status.is_success() || !content_type(&response).starts_with(EVENT_STREAM) {
+            return Err(Failure::Broken(format!("the stream could not be taken up again ({status})")).into());
+        }
+        Ok(self.events(response, Noted::default(), true))
+    }
+}

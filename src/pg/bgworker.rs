@@ -1,0 +1,179 @@
+//! What a background worker needs of PostgreSQL: start, signals, waiting, the end.
+
+use pgrx::bgworkers::{BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerStartTime, DynamicBackgroundWorker};
+use pgrx::prelude::*;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+/// Registers the launcher, to be started when the server accepts writes: never on a standby, and after a promotion.
+pub fn register_launcher(function: &str) {
+    BackgroundWorkerBuilder::new("nexus_hub launcher")
+        .set_type("nexus_hub launcher")
+        .set_library("nexus_hub")
+        .set_function(function)
+        .enable_spi_access()
+        .set_start_time(BgWorkerStartTime::RecoveryFinished)
+        .set_restart_time(Some(Duration::from_secs(1)))
+        .load();
+}
+
+/// A worker that was asked of the postmaster.
+pub struct Launched(DynamicBackgroundWorker);
+
+impl Launched {
+    /// Has a worker started, with `argument` for its main function. `None`: max_worker_processes is reached.
+    pub fn start(function: &str, argument: usize) -> Option<Self> {
+        // SAFETY: a plain global of this process.
+        let own_pid = unsafe { pg_sys::MyProcPid };
+        BackgroundWorkerBuilder::new("nexus_hub worker")
+            .set_type("nexus_hub worker")
+            .set_library("nexus_hub")
+            .set_function(function)
+            .enable_spi_access()
+            .set_start_time(BgWorkerStartTime::RecoveryFinished)
+            .set_restart_time(None)
+            .set_argument(Some(pg_sys::Datum::from(argument)))
+            .set_notify_pid(own_pid)
+            .load_dynamic()
+            .ok()
+            .map(Self)
+    }
+
+    /// Whether the worker's process is gone, or never came to be.
+    pub fn is_over(&self) -> bool {
+        matches!(self.0.pid(), Err(BackgroundWorkerStatus::Stopped))
+    }
+}
+
+// pgrx's bindings of these are Rust functions around them; a signal handler has to be the C function itself.
+unsafe extern "C-unwind" {
+    fn die(signal: std::ffi::c_int);
+    #[allow(non_snake_case)]
+    fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
+}
+
+/// Takes the signals over and connects to a database; without one, only the shared catalogues can be read.
+pub fn start(database: Option<pg_sys::Oid>) {
+    // SAFETY: first thing in a background worker's main function, with signals still blocked. PostgreSQL's own
+    // handlers are used: `die` makes lock waits end too, which a handler that sets a flag would not.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        {
+            pg_sys::pqsignal(libc::SIGHUP, Some(SignalHandlerForConfigReload));
+            pg_sys::pqsignal(libc::SIGTERM, Some(die));
+        }
+        #[cfg(feature = "pg18")]
+        {
+            pg_sys::pqsignal_be(libc::SIGHUP, Some(SignalHandlerForConfigReload));
+            pg_sys::pqsignal_be(libc::SIGTERM, Some(die));
+        }
+        pg_sys::BackgroundWorkerUnblockSignals();
+        match database {
+            Some(oid) => pg_sys::BackgroundWorkerInitializeConnectionByOid(oid, pg_sys::InvalidOid, 0),
+            None => pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0),
+        }
+    }
+}
+
+/// Sets what the worker relies on, whatever ALTER DATABASE or postgresql.conf say for ordinary sessions.
+pub fn pin_session_settings() {
+    for (name, value) in [
+        // A row or table that somebody keeps locked must not stop the whole queue.
+        (c"lock_timeout", c"1s"),
+        (c"statement_timeout", c"0"),
+        (c"idle_in_transaction_session_timeout", c"0"),
+        (c"default_transaction_isolation", c"read committed"),
+        (c"default_transaction_read_only", c"off"),
+        (c"search_path", c"pg_catalog, pg_temp"),
+        (c"row_security", c"off"),
+    ] {
+        // SAFETY: static C strings, a worker connected to its database.
+        unsafe {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
+        }
+    }
+}
+
+/// Waits for the process's latch, for input on `descriptor`, or for the time to pass. Ends the process when the
+/// postmaster is gone. Returns whether the latch was set.
+pub fn wait(descriptor: Option<BorrowedFd<'_>>, time: Duration) -> bool {
+    let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::from(i32::MAX)).clamp(0, i64::from(i32::MAX));
+    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    if descriptor.is_some() {
+        events |= pg_sys::WL_SOCKET_READABLE;
+    }
+    // SAFETY: the process's own latch, and a descriptor that is open for the length of the call.
+    unsafe {
+        let happened = pg_sys::WaitLatchOrSocket(
+            pg_sys::MyLatch,
+            events as i32,
+            descriptor.map_or(-1, |descriptor| descriptor.as_raw_fd()),
+            milliseconds,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
+        let latch_set = happened & pg_sys::WL_LATCH_SET as i32 != 0;
+        if latch_set {
+            pg_sys::ResetLatch(pg_sys::MyLatch);
+        }
+        latch_set
+    }
+}
+
+/// Whether the process was told to end.
+pub fn stop_requested() -> bool {
+    // SAFETY: a flag that the signal handler sets and nobody takes back.
+    unsafe { std::ptr::read_volatile(&raw const pg_sys::ProcDiePending) != 0 }
+}
+
+/// Answers what other processes want of this one (DROP DATABASE waits for such answers).
+pub fn handle_interrupts() {
+    pgrx::check_for_interrupts!();
+}
+
+/// Reads the configuration files again if a SIGHUP asked for it, and tells whether it did.
+pub fn reload_configuration() -> bool {
+    // SAFETY: a flag that the signal handler sets; the read is done in the main loop, outside a transaction.
+    unsafe {
+        if std::ptr::read_volatile(&raw const pg_sys::ConfigReloadPending) == 0 {
+            return false;
+        }
+        std::ptr::write_volatile(&raw mut pg_sys::ConfigReloadPending, 0);
+        pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+        true
+    }
+}
+
+/// Ends the process. Code 0 unregisters a worker for good; any other has the postmaster honour its restart time.
+pub fn exit(code: i32) -> ! {
+    // SAFETY: called from a worker's main function, outside a transaction; runs the exit callbacks.
+    unsafe { pg_sys::proc_exit(code) }
+}
+
+/// Whether this process is one of the extension's workers.
+pub fn is_own_worker() -> bool {
+    // SAFETY: NULL in other processes; in a worker it points to its registration, made by `start` or `register_launcher`.
+    unsafe {
+        let entry = pg_sys::MyBgworkerEntry;
+        !entry.is_null() && std::ffi::CStr::from_ptr((*entry).bgw_library_name.as_ptr()).to_bytes() == b"nexus_hub"
+    }
+}
+
+/// Runs `start_threads` with every signal blocked, so that the threads it starts never run a handler of PostgreSQL's:
+/// they inherit the mask, and so do the ones they start themselves.
+pub fn with_signals_blocked<R>(start_threads: impl FnOnce() -> R) -> R {
+    // SAFETY: the sets are initialised by the calls that fill them, and the old mask is put back.
+    unsafe {
+        let mut all = std::mem::zeroed();
+        let mut before = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let result = start_threads();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
+    }
+}

@@ -1,0 +1,52 @@
+//! What the workers read from the catalogues without SQL.
+
+use pgrx::prelude::*;
+
+/// The databases one can connect to, templates left out. For the launcher, which is connected to none: it can read
+/// the shared catalogues only, and not through SPI. Call it in a transaction.
+pub fn connectable_databases() -> Vec<pg_sys::Oid> {
+    let mut databases = Vec::new();
+    // SAFETY: pg_database is a shared catalogue; the scan is closed before the table, and tuples of pg_database are
+    // laid out as FormData_pg_database in every supported version.
+    unsafe {
+        let table = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
+        let scan = pg_sys::table_beginscan_catalog(table, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            if tuple.is_null() {
+                break;
+            }
+            let row: *const pg_sys::FormData_pg_database = pg_sys::GETSTRUCT(tuple).cast();
+            if (*row).datallowconn && !(*row).datistemplate {
+                databases.push((*row).oid);
+            }
+        }
+        // What the macro table_endscan does.
+        if let Some(end) = (*(*(*scan).rs_rd).rd_tableam).scan_end {
+            pg_sys::ffi::pg_guard_ffi_boundary(|| end(scan));
+        }
+        pg_sys::table_close(table, pg_sys::AccessShareLock as i32);
+    }
+    databases
+}
+
+/// The extension's oid in this database, if it is installed. Call it in a transaction.
+pub fn extension() -> Option<pg_sys::Oid> {
+    // SAFETY: looks a static C string up in the catalogue.
+    let oid = unsafe { pg_sys::get_extension_oid(c"nexus_hub".as_ptr(), true) };
+    (oid != pg_sys::InvalidOid).then_some(oid)
+}
+
+/// Holds off DROP EXTENSION until the transaction ends, and tells whether the extension is still the one it was.
+pub fn hold_extension(oid: pg_sys::Oid) -> bool {
+    // SAFETY: an ordinary lock of the running transaction, on the object that DROP EXTENSION locks first.
+    unsafe { pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, oid, 0, pg_sys::AccessShareLock as i32) };
+    extension() == Some(oid)
+}
+
+/// The oid of the database of that name. Call it in a transaction.
+pub fn database(name: &std::ffi::CStr) -> Option<pg_sys::Oid> {
+    // SAFETY: looks a C string up in the catalogue.
+    let oid = unsafe { pg_sys::get_database_oid(name.as_ptr(), true) };
+    (oid != pg_sys::InvalidOid).then_some(oid)
+}

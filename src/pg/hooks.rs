@@ -1,0 +1,114 @@
+//! A look at utility statements: some need the worker of a database gone before they can run, some make it useless.
+
+use super::{catalog, shmem, xact};
+use pgrx::prelude::*;
+use std::ffi::CStr;
+
+static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
+
+/// Installs the hook. Only from `_PG_init` of a preloaded library.
+pub fn register() {
+    // SAFETY: the postmaster runs this before it has children or threads; the hook chains to the one before.
+    unsafe {
+        PREVIOUS = pg_sys::ProcessUtility_hook;
+        pg_sys::ProcessUtility_hook = Some(process_utility);
+    }
+}
+
+#[pg_guard]
+#[allow(clippy::too_many_arguments)]
+unsafe extern "C-unwind" fn process_utility(
+    statement: *mut pg_sys::PlannedStmt,
+    query: *const std::ffi::c_char,
+    read_only_tree: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    params: pg_sys::ParamListInfo,
+    environment: *mut pg_sys::QueryEnvironment,
+    receiver: *mut pg_sys::DestReceiver,
+    completion: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: PostgreSQL hands a valid statement, and whatever comes goes on unchanged.
+    unsafe {
+        let parse_tree = (*statement).utilityStmt;
+        if let Some(database) = emptied_database(parse_tree) {
+            shmem::ask_to_leave(database);
+        }
+        let may_drop_extension =
+            matches!((*parse_tree).type_, pg_sys::NodeTag::T_DropStmt | pg_sys::NodeTag::T_DropOwnedStmt);
+        // The guard turns an error below into a panic that unwinds through this frame.
+        pg_sys::ffi::pg_guard_ffi_boundary(|| match PREVIOUS {
+            Some(previous) => {
+                previous(statement, query, read_only_tree, context, params, environment, receiver, completion)
+            }
+            None => pg_sys::standard_ProcessUtility(
+                statement,
+                query,
+                read_only_tree,
+                context,
+                params,
+                environment,
+                receiver,
+                completion,
+            ),
+        });
+        // The worker looks whether the extension is still there; if not, it ends.
+        if may_drop_extension && catalog_was_reachable() {
+            xact::wake_worker_at_commit();
+        }
+    }
+}
+
+fn catalog_was_reachable() -> bool {
+    // SAFETY: plain globals of this process.
+    unsafe { pg_sys::MyDatabaseId != pg_sys::InvalidOid && pg_sys::IsTransactionState() }
+}
+
+/// The database that a statement can only work on when nobody is connected to it.
+///
+/// # Safety
+/// `node` points to a utility statement's parse tree.
+unsafe fn emptied_database(node: *mut pg_sys::Node) -> Option<pg_sys::Oid> {
+    // SAFETY: each cast is to the struct that the node's tag names.
+    let name = unsafe {
+        match (*node).type_ {
+            pg_sys::NodeTag::T_DropdbStmt => (*node.cast::<pg_sys::DropdbStmt>()).dbname,
+            pg_sys::NodeTag::T_RenameStmt => {
+                let rename = node.cast::<pg_sys::RenameStmt>();
+                if (*rename).renameType != pg_sys::ObjectType::OBJECT_DATABASE {
+                    return None;
+                }
+                (*rename).subname
+            }
+            pg_sys::NodeTag::T_AlterDatabaseStmt => {
+                let alter = node.cast::<pg_sys::AlterDatabaseStmt>();
+                option_text((*alter).options, c"tablespace")?;
+                (*alter).dbname
+            }
+            pg_sys::NodeTag::T_CreatedbStmt => {
+                option_text((*node.cast::<pg_sys::CreatedbStmt>()).options, c"template")?
+            }
+            _ => return None,
+        }
+    };
+    if name.is_null() {
+        return None;
+    }
+    // SAFETY: a C string of the parse tree; inside the statement's transaction.
+    catalog::database(unsafe { CStr::from_ptr(name) })
+}
+
+/// The value of an option like `TEMPLATE name`.
+///
+/// # Safety
+/// `options` is NIL or a list of `DefElem`.
+unsafe fn option_text(options: *mut pg_sys::List, name: &CStr) -> Option<*mut std::ffi::c_char> {
+    // SAFETY: the list holds what the caller says; defGetString returns a string of the tree or a palloc'd one.
+    unsafe {
+        let length = if options.is_null() { 0 } else { (*options).length };
+        (0..length)
+            .map(|index| (*(*options).elements.add(index as usize)).ptr_value.cast::<pg_sys::DefElem>())
+            .find(|option| CStr::from_ptr((**option).defname) == name)
+            .filter(|option| !(**option).arg.is_null())
+            .map(|option| pg_sys::defGetString(option))
+    }
+}

@@ -1,0 +1,307 @@
+//! Shared memory: who runs where, who wants a worker, and who waits for a job to end.
+//!
+//! All of it is atomics, so a process killed at any point leaves no lock behind, and a commit callback can use it
+//! without a chance to fail.
+
+use pgrx::prelude::*;
+use std::cell::UnsafeCell;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering::SeqCst};
+use std::time::Duration;
+
+/// Databases that can have a worker at the same time.
+pub const MAX_WORKERS: usize = 128;
+const MAX_WANTED: usize = 64;
+
+/// What has become of the worker in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum WorkerState {
+    /// Asked of the postmaster; it has not reported yet.
+    Starting = 0,
+    /// At work: its latch is valid.
+    Running = 1,
+    /// Ended: the database does not have the extension.
+    NoExtension = 2,
+    /// Ended: somebody needs the database without connections.
+    Left = 3,
+    /// Ended in any other way.
+    Stopped = 4,
+}
+
+impl WorkerState {
+    fn from_u32(value: u32) -> Self {
+        match value {
+            0 => Self::Starting,
+            1 => Self::Running,
+            2 => Self::NoExtension,
+            3 => Self::Left,
+            _ => Self::Stopped,
+        }
+    }
+}
+
+#[repr(C)]
+struct Slot {
+    database: AtomicU32,
+    state: AtomicU32,
+    leave: AtomicBool,
+    latch: AtomicPtr<pg_sys::Latch>,
+}
+
+#[repr(C)]
+struct Shared {
+    launcher: AtomicPtr<pg_sys::Latch>,
+    rescan: AtomicBool,
+    wanted: [AtomicU32; MAX_WANTED],
+    slots: [Slot; MAX_WORKERS],
+    job_finished: UnsafeCell<pg_sys::ConditionVariable>,
+}
+
+static SHARED: AtomicPtr<Shared> = AtomicPtr::new(null_mut());
+/// The slot of the worker this process is, for its exit callback.
+static OWN_SLOT: AtomicU32 = AtomicU32::new(u32::MAX);
+
+fn shared() -> Option<&'static Shared> {
+    // SAFETY: set once by the postmaster to a segment that lives as long as any process that sees it; the fields are
+    // atomics, and the condition variable is touched only through PostgreSQL's functions.
+    unsafe { SHARED.load(SeqCst).as_ref() }
+}
+
+/// Whether the library was preloaded, so that there is shared memory and a launcher.
+pub fn preloaded() -> bool {
+    shared().is_some()
+}
+
+static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
+#[cfg(not(feature = "pg14"))]
+static mut PREVIOUS_REQUEST_HOOK: pg_sys::shmem_request_hook_type = None;
+
+/// Reserves the segment. Only from `_PG_init` of a preloaded library.
+pub fn register() {
+    // SAFETY: the postmaster runs this before it has children or threads; the hooks chain to the ones before.
+    unsafe {
+        #[cfg(feature = "pg14")]
+        pg_sys::RequestAddinShmemSpace(size_of::<Shared>());
+        #[cfg(not(feature = "pg14"))]
+        {
+            PREVIOUS_REQUEST_HOOK = pg_sys::shmem_request_hook;
+            pg_sys::shmem_request_hook = Some(request);
+        }
+        PREVIOUS_STARTUP_HOOK = pg_sys::shmem_startup_hook;
+        pg_sys::shmem_startup_hook = Some(startup);
+    }
+}
+
+#[cfg(not(feature = "pg14"))]
+#[pg_guard]
+unsafe extern "C-unwind" fn request() {
+    // SAFETY: called by the postmaster in its request phase, as RequestAddinShmemSpace wants.
+    unsafe {
+        if let Some(previous) = PREVIOUS_REQUEST_HOOK {
+            pg_sys::ffi::pg_guard_ffi_boundary(|| previous());
+        }
+        pg_sys::RequestAddinShmemSpace(size_of::<Shared>());
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn startup() {
+    // SAFETY: called by the postmaster alone, at start and after a crash (so no lock is needed); the segment is
+    // zeroed before use, which is a valid value of every atomic, and the condition variable gets its own init.
+    unsafe {
+        if let Some(previous) = PREVIOUS_STARTUP_HOOK {
+            pg_sys::ffi::pg_guard_ffi_boundary(|| previous());
+        }
+        let mut found = false;
+        let segment: *mut Shared =
+            pg_sys::ShmemInitStruct(c"nexus_hub".as_ptr(), size_of::<Shared>(), &mut found).cast();
+        if !found {
+            segment.write_bytes(0, 1);
+            pg_sys::ConditionVariableInit((*segment).job_finished.get());
+        }
+        SHARED.store(segment, SeqCst);
+    }
+}
+
+fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
+    let latch = latch.load(SeqCst);
+    if !latch.is_null() {
+        // SAFETY: latches of processes live in shared memory for good; setting one whose process is gone, or now
+        // another, wakes somebody for nothing and harms nobody.
+        unsafe { pg_sys::SetLatch(latch) }
+    }
+}
+
+fn own_latch() -> *mut pg_sys::Latch {
+    // SAFETY: a plain global; for a process with shared memory it points into its PGPROC.
+    unsafe { pg_sys::MyLatch }
+}
+
+/// Wakes the worker of a database, or has the launcher start one. Can't fail and does not allocate.
+pub fn wake(database: pg_sys::Oid) {
+    let Some(shared) = shared() else { return };
+    let database = database.to_u32();
+    for slot in &shared.slots {
+        if slot.database.load(SeqCst) == database && slot.state.load(SeqCst) == WorkerState::Running as u32 {
+            set_latch(&slot.latch);
+            return;
+        }
+    }
+    let noted = shared
+        .wanted
+        .iter()
+        .any(|entry| entry.load(SeqCst) == database || entry.compare_exchange(0, database, SeqCst, SeqCst).is_ok());
+    if !noted {
+        shared.rescan.store(true, SeqCst);
+    }
+    set_latch(&shared.launcher);
+}
+
+/// Asks the worker of a database to let go of it, and tells whether there was one.
+pub fn ask_to_leave(database: pg_sys::Oid) -> bool {
+    let Some(shared) = shared() else { return false };
+    let mut asked = false;
+    for slot in shared.slots.iter().filter(|slot| slot.database.load(SeqCst) == database.to_u32()) {
+        if matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running) {
+            slot.leave.store(true, SeqCst);
+            set_latch(&slot.latch);
+            asked = true;
+        }
+    }
+    asked
+}
+
+fn worker_state(slot: &Slot) -> WorkerState {
+    WorkerState::from_u32(slot.state.load(SeqCst))
+}
+
+// ── The launcher's side ──
+
+/// Makes this process the one that [`wake`] turns to for a new worker.
+pub fn attach_launcher() {
+    if let Some(shared) = shared() {
+        shared.launcher.store(own_latch(), SeqCst);
+    }
+}
+
+/// The databases that asked for a worker since the last call; `None` when there were too many to note.
+pub fn take_wanted() -> Option<Vec<pg_sys::Oid>> {
+    let shared = shared()?;
+    let wanted = shared
+        .wanted
+        .iter()
+        .map(|entry| entry.swap(0, SeqCst))
+        .filter(|&database| database != 0)
+        .map(pg_sys::Oid::from)
+        .collect();
+    (!shared.rescan.swap(false, SeqCst)).then_some(wanted)
+}
+
+/// Takes a free slot for the worker of a database.
+pub fn reserve_slot(database: pg_sys::Oid) -> Option<usize> {
+    let shared = shared()?;
+    let index = shared.slots.iter().position(|slot| slot.database.load(SeqCst) == 0)?;
+    let slot = &shared.slots[index];
+    slot.state.store(WorkerState::Starting as u32, SeqCst);
+    slot.leave.store(false, SeqCst);
+    slot.latch.store(null_mut(), SeqCst);
+    slot.database.store(database.to_u32(), SeqCst);
+    Some(index)
+}
+
+/// What has become of the worker in a slot.
+pub fn slot_state(index: usize) -> WorkerState {
+    shared().and_then(|shared| shared.slots.get(index)).map_or(WorkerState::Stopped, worker_state)
+}
+
+/// Gives a slot back, once its worker is known to be gone.
+pub fn free_slot(index: usize) {
+    if let Some(slot) = shared().and_then(|shared| shared.slots.get(index)) {
+        slot.latch.store(null_mut(), SeqCst);
+        slot.database.store(0, SeqCst);
+    }
+}
+
+// ── A worker's side ──
+
+/// Makes this process the worker of a slot, and returns the slot's database. Undone when the process exits.
+pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
+    let slot = shared()?.slots.get(index)?;
+    OWN_SLOT.store(index as u32, SeqCst);
+    // SAFETY: registers a callback of this library, which stays loaded.
+    unsafe { pg_sys::before_shmem_exit(Some(detach_worker), pg_sys::Datum::from(0)) };
+    slot.latch.store(own_latch(), SeqCst);
+    let database = slot.database.load(SeqCst);
+    (database != 0).then(|| pg_sys::Oid::from(database))
+}
+
+/// Records how this worker stands; [`WorkerState::Running`] makes [`wake`] turn to it.
+pub fn set_worker_state(state: WorkerState) {
+    if let Some(slot) = own_slot() {
+        slot.state.store(state as u32, SeqCst);
+    }
+}
+
+/// Whether somebody asked this worker to let go of its database.
+pub fn leave_requested() -> bool {
+    own_slot().is_some_and(|slot| slot.leave.load(SeqCst))
+}
+
+fn own_slot() -> Option<&'static Slot> {
+    shared()?.slots.get(OWN_SLOT.load(SeqCst) as usize)
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn detach_worker(_code: i32, _arg: pg_sys::Datum) {
+    if let Some(slot) = own_slot() {
+        slot.latch.store(null_mut(), SeqCst);
+        if matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running) {
+            slot.state.store(WorkerState::Stopped as u32, SeqCst);
+        }
+        if let Some(shared) = shared() {
+            set_latch(&shared.launcher);
+        }
+    }
+}
+
+// ── Waiting for jobs ──
+
+/// Wakes everybody who waits for a job's end.
+pub fn announce_finished_jobs() {
+    if let Some(shared) = shared() {
+        // SAFETY: initialised at startup; broadcasting takes spinlocks only.
+        unsafe { pg_sys::ConditionVariableBroadcast(shared.job_finished.get()) }
+    }
+}
+
+/// A place in the queue of those who wait for a job's end. Begin waiting before looking, so that no end is missed.
+pub struct JobWait(&'static Shared);
+
+impl JobWait {
+    /// Takes a place; `None` when the library is not preloaded.
+    pub fn begin() -> Option<Self> {
+        let shared = shared()?;
+        // SAFETY: initialised at startup; this process sleeps on no other condition variable meanwhile.
+        unsafe { pg_sys::ConditionVariablePrepareToSleep(shared.job_finished.get()) };
+        Some(Self(shared))
+    }
+
+    /// Sleeps until jobs have ended or the time is over. A cancel request raises its error from here.
+    pub fn sleep(&self, time: Duration) {
+        let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::MAX).max(1);
+        // SAFETY: as in `begin`; the place was taken there.
+        unsafe {
+            pg_sys::ConditionVariableTimedSleep(self.0.job_finished.get(), milliseconds, pg_sys::PG_WAIT_EXTENSION);
+        }
+    }
+}
+
+impl Drop for JobWait {
+    fn drop(&mut self) {
+        // SAFETY: leaves the queue if still in it; PostgreSQL does the same by itself when a transaction aborts.
+        unsafe {
+            pg_sys::ConditionVariableCancelSleep();
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! Reading what others have committed since the running statement began.
+
+use pgrx::prelude::*;
+
+/// Runs read-only SPI with a snapshot of its own. Under READ COMMITTED it sees all that is committed by now; no
+/// transaction id is taken, so it works on a standby too.
+pub fn with_fresh<R>(read: impl FnOnce() -> R) -> R {
+    // SAFETY: pushed and popped in a pair; an error in between aborts the transaction, which pops all snapshots.
+    unsafe {
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let result = read();
+        pg_sys::PopActiveSnapshot();
+        result
+    }
+}
+
+/// Whether the transaction goes by one snapshot for its whole life (REPEATABLE READ, SERIALIZABLE).
+pub fn is_frozen() -> bool {
+    // SAFETY: a plain global of this process.
+    unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
+}

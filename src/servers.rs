@@ -1,0 +1,81 @@
+//! Servers: what add_server and update_server need beyond SQL, and how a config is read back for the worker.
+
+use crate::net::endpoint::Endpoint;
+use crate::pg::error::{ErrorReport, Kind, error};
+use crate::vault;
+use pgrx::prelude::*;
+use serde_json::Value;
+
+const MAX_SERVER_ID_LENGTH: usize = 200;
+
+/// Its argument, or an error that says who the owner should be.
+#[pg_extern(sql = false)]
+fn server_owner(user_id: Option<pgrx::Uuid>) -> Result<pgrx::Uuid, ErrorReport> {
+    user_id.ok_or_else(|| {
+        error(Kind::BadArgument, "the server's owner is not known")
+            .set_detail("p_user_id is NULL, and the caller has no user id of its own.")
+            .set_hint("Pass p_user_id, or call with the setting request.jwt.claims holding a \"sub\".")
+    })
+}
+
+/// Its argument, if it is fit to be a server's id.
+#[pg_extern(sql = false)]
+fn server_id(server_id: Option<&str>) -> Result<String, ErrorReport> {
+    match server_id {
+        Some(id) if (1..=MAX_SERVER_ID_LENGTH).contains(&id.chars().count()) => Ok(id.to_owned()),
+        other => Err(error(
+            Kind::BadArgument,
+            format!(
+                "p_server_id must have 1 to {MAX_SERVER_ID_LENGTH} characters, not {}",
+                other.map_or(0, |id| id.chars().count())
+            ),
+        )
+        .set_hint("It is the name that jobs use as server_id, such as \"github\".")),
+    }
+}
+
+/// Checks a config and encrypts it, so that only the ciphertext ever reaches a table.
+#[pg_extern(sql = false)]
+fn seal_server_config(config: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
+    let text = config.unwrap_or("null");
+    let parsed: Value = serde_json::from_str(text)
+        .map_err(|_| error(Kind::BadArgument, "bad server config: it is nested too deeply"))?;
+    Endpoint::parse(&parsed).map_err(|problem| {
+        error(Kind::BadArgument, format!("bad server config: {problem}")).set_hint(
+            "A config is {\"url\": \"https://host/mcp\", \"headers\": {\"Authorization\": \"Bearer …\"}, \"timeout_ms\": 30000}; only url is required.",
+        )
+    })?;
+    vault::seal(text, None)
+}
+
+/// What claim_jobs found of a job's server.
+#[derive(Clone, Debug, Default)]
+pub struct ServerRow {
+    pub user_config: Option<Vec<u8>>,
+    pub user_enabled: Option<bool>,
+    pub system_config: Option<String>,
+    pub system_enabled: Option<bool>,
+}
+
+/// The server a job goes to: the user's own if enabled, else the system's if enabled. The error is for the job's row.
+pub fn resolve(server_id: &str, row: &ServerRow) -> Result<Endpoint, String> {
+    let bad_config = |problem: String| format!("the config of server \"{server_id}\" can not be used: {problem}");
+    if row.user_enabled == Some(true) {
+        let sealed = row.user_config.as_deref().ok_or_else(|| bad_config("it is missing".into()))?;
+        let text = vault::open(sealed, None).map_err(|report| {
+            let hint = report.hint().map(|hint| format!(". {hint}")).unwrap_or_default();
+            bad_config(format!("{}{hint}", report.message()))
+        })?;
+        let config = serde_json::from_str(&text).map_err(|_| bad_config("it is not JSON".into()))?;
+        return Endpoint::parse(&config).map_err(bad_config);
+    }
+    if row.system_enabled == Some(true) {
+        let text = row.system_config.as_deref().unwrap_or_default();
+        let config = serde_json::from_str(text).map_err(|_| bad_config("it is not JSON".into()))?;
+        return Endpoint::parse(&config).map_err(bad_config);
+    }
+    if row.user_enabled.is_some() || row.system_enabled.is_some() {
+        return Err(format!("the server \"{server_id}\" is disabled"));
+    }
+    Err(format!("there is no server \"{server_id}\" for this user: add it with add_server, or check the name"))
+}

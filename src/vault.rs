@@ -1,0 +1,65 @@
+//! The vault: sealing and opening tokens and configs under keys that SQL can't see.
+
+mod keys;
+
+use crate::domain::envelope::MIN_LENGTH;
+use crate::domain::json::is_storable;
+use crate::pg::error::{ErrorReport, Kind, error};
+use crate::pg::random;
+use pgrx::prelude::*;
+use zeroize::Zeroizing;
+
+/// Encrypts a text; see the function's COMMENT.
+#[pg_extern(volatile, parallel_safe)]
+fn encrypt_token(token: Option<&str>, context: default!(Option<&str>, "NULL")) -> Result<Option<Vec<u8>>, ErrorReport> {
+    token.map(|token| seal(token, context)).transpose()
+}
+
+/// Decrypts a text; see the function's COMMENT.
+#[pg_extern(stable, parallel_safe)]
+fn decrypt_token(
+    encrypted: Option<&[u8]>,
+    context: default!(Option<&str>, "NULL"),
+) -> Result<Option<String>, ErrorReport> {
+    encrypted.map(|encrypted| open(encrypted, context).map(|text| text.to_string())).transpose()
+}
+
+/// Decrypts a text that must be JSON; see the function's COMMENT.
+#[pg_extern(sql = false)]
+fn decrypt_json(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<String>, ErrorReport> {
+    let Some(encrypted) = encrypted else { return Ok(None) };
+    let text = open(encrypted, context)?;
+    if !is_storable(&text) {
+        return Err(error(Kind::BadArgument, "the decrypted value is not JSON")
+            .set_hint("decrypt_token opens values that are plain text."));
+    }
+    Ok(Some(text.to_string()))
+}
+
+/// Encrypts a text under the first vault key, bound to `context` where one is given.
+pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
+    let iv = random::bytes()?;
+    keys::ring()?
+        .seal(iv, text.as_bytes(), context.unwrap_or_default().as_bytes())
+        .ok_or_else(|| error(Kind::BadArgument, "the value is too long to be encrypted"))
+}
+
+/// Decrypts a text with whichever vault key fits.
+pub fn open(encrypted: &[u8], context: Option<&str>) -> Result<Zeroizing<String>, ErrorReport> {
+    if encrypted.len() < MIN_LENGTH {
+        return Err(error(Kind::BadArgument, "the value is too short to be a ciphertext").set_detail(format!(
+            "It has {} bytes; a ciphertext has at least {MIN_LENGTH}: 12 of IV and 16 of authentication tag.",
+            encrypted.len()
+        )));
+    }
+    // One constant message, whatever the reason: telling a wrong key from a changed ciphertext would help an attacker.
+    let bytes = keys::ring()?.open(encrypted, context.unwrap_or_default().as_bytes()).ok_or_else(|| {
+        error(Kind::Undecipherable, "the value can not be decrypted")
+            .set_detail("No vault key opens it with this context: it was encrypted under another key or context, or was changed.")
+            .set_hint("Check that every key still in use is in the vault key file, and that the context is the one given to encrypt.")
+    })?;
+    match std::str::from_utf8(&bytes) {
+        Ok(text) if !text.contains('\0') => Ok(Zeroizing::new(text.to_owned())),
+        _ => Err(error(Kind::BadArgument, "the decrypted value is not text")),
+    }
+}

@@ -1,0 +1,35 @@
+//! The background workers: a launcher for the server, and one worker for each database that has the extension.
+
+mod assign;
+mod launcher;
+mod run;
+
+use crate::pg::bgworker;
+use pgrx::prelude::*;
+
+/// The launcher's entry point, by name, as the postmaster looks it up.
+const LAUNCHER_MAIN: &str = "nexus_hub_launcher_main";
+/// The workers' entry point.
+const WORKER_MAIN: &str = "nexus_hub_worker_main";
+
+/// Registers the launcher. Only from `_PG_init` of a preloaded library.
+pub fn register() {
+    bgworker::register_launcher(LAUNCHER_MAIN);
+}
+
+/// Entry point of the launcher.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn nexus_hub_launcher_main(_argument: pg_sys::Datum) {
+    launcher::main();
+    // Not 0, which would unregister the launcher until the server restarts.
+    bgworker::exit(1);
+}
+
+/// Entry point of a worker; the argument is its slot in shared memory.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn nexus_hub_worker_main(argument: pg_sys::Datum) {
+    let code = run::main(argument.value());
+    bgworker::exit(code);
+}

@@ -1,0 +1,136 @@
+//! The launcher: gives every database that has the extension a worker, and a new one when that ends.
+//!
+//! It is connected to no database, so it can't see where the extension is: it starts a worker, which looks, and ends
+//! at once where there is none. Afterwards a commit that needs a worker asks for it.
+
+use super::WORKER_MAIN;
+use crate::pg::bgworker::{self, Launched};
+use crate::pg::shmem::{self, WorkerState};
+use crate::pg::{catalog, transaction};
+use pgrx::prelude::*;
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+/// How often the list of databases is read for new ones (CREATE DATABASE … TEMPLATE asks for nothing).
+const RESCAN_INTERVAL: Duration = Duration::from_secs(60);
+/// A worker that was asked to leave comes back after this time, if its database is still there.
+const AWAY_TIME: Duration = Duration::from_secs(10);
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+/// A worker that lived this long was healthy: the next start is not held back by failures before.
+const HEALTHY_TIME: Duration = Duration::from_secs(60);
+
+struct Running {
+    slot: usize,
+    handle: Launched,
+    since: Instant,
+}
+
+/// What the launcher knows of a database.
+#[derive(Default)]
+struct Database {
+    running: Option<Running>,
+    /// When to start a worker; `None`: not before somebody asks.
+    due: Option<Instant>,
+    failures: u32,
+}
+
+pub fn main() {
+    bgworker::start(None);
+    shmem::attach_launcher();
+    let mut databases: HashMap<pg_sys::Oid, Database> = HashMap::new();
+    let mut next_scan = Instant::now();
+    let mut told_no_room = false;
+    loop {
+        if bgworker::stop_requested() {
+            return;
+        }
+        bgworker::handle_interrupts();
+        bgworker::reload_configuration();
+        let now = Instant::now();
+        match shmem::take_wanted() {
+            Some(wanted) => {
+                for oid in wanted {
+                    databases.entry(oid).or_default().due.get_or_insert(now);
+                }
+            }
+            None => {
+                databases.values_mut().for_each(|database| database.due = Some(now));
+                next_scan = now;
+            }
+        }
+        databases.values_mut().for_each(|database| notice_end(database, now));
+        if now >= next_scan {
+            scan(&mut databases, now);
+            next_scan = now + RESCAN_INTERVAL;
+        }
+        let started = start_due(&mut databases, now);
+        if started == Room::None && !told_no_room {
+            log!("nexus_hub: no free background worker for a database; raise max_worker_processes");
+        }
+        told_no_room = started == Room::None;
+        let next = databases.values().filter(|database| database.running.is_none()).filter_map(|database| database.due);
+        let until = next.chain([next_scan]).min().map_or(RESCAN_INTERVAL, |at| at.saturating_duration_since(now));
+        // Never a busy loop: what is due but could not be started is tried again in a while.
+        bgworker::wait(None, until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(10) }));
+    }
+}
+
+/// Finds out why a worker is gone, and when the next one is due.
+fn notice_end(database: &mut Database, now: Instant) {
+    let Some(running) = database.running.take_if(|running| running.handle.is_over()) else { return };
+    let state = shmem::slot_state(running.slot);
+    shmem::free_slot(running.slot);
+    if now.duration_since(running.since) >= HEALTHY_TIME {
+        database.failures = 0;
+    }
+    database.due = match state {
+        WorkerState::NoExtension => {
+            database.failures = 0;
+            // Somebody may have asked meanwhile (DROP and CREATE in quick succession).
+            database.due
+        }
+        WorkerState::Left => Some(now + AWAY_TIME),
+        WorkerState::Starting | WorkerState::Running | WorkerState::Stopped => {
+            let delay = FIRST_RETRY * 2u32.saturating_pow(database.failures.min(16));
+            database.failures += 1;
+            Some(now + delay.min(LAST_RETRY))
+        }
+    };
+}
+
+/// Learns of new databases and forgets the ones that are gone.
+fn scan(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) {
+    match transaction::run(c"nexus_hub: reading pg_database", catalog::connectable_databases) {
+        Ok(found) => {
+            let found: HashSet<_> = found.into_iter().collect();
+            databases.retain(|oid, database| found.contains(oid) || database.running.is_some());
+            for oid in found {
+                databases.entry(oid).or_insert_with(|| Database { due: Some(now), ..Database::default() });
+            }
+        }
+        Err(problem) => log!("nexus_hub: could not read the list of databases: {problem}"),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Enough,
+    None,
+}
+
+fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) -> Room {
+    let due = databases
+        .iter_mut()
+        .filter(|(_, database)| database.running.is_none() && database.due.is_some_and(|at| at <= now));
+    for (oid, database) in due {
+        let Some(slot) = shmem::reserve_slot(*oid) else { return Room::None };
+        let Some(handle) = Launched::start(WORKER_MAIN, slot) else {
+            shmem::free_slot(slot);
+            return Room::None;
+        };
+        database.due = None;
+        database.running = Some(Running { slot, handle, since: now });
+    }
+    Room::Enough
+}
