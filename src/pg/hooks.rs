@@ -35,11 +35,12 @@ unsafe extern "C-unwind" fn process_utility(
         }
         let may_drop_extension =
             matches!((*parse_tree).type_, pg_sys::NodeTag::T_DropStmt | pg_sys::NodeTag::T_DropOwnedStmt);
-        // The guard turns an error below into a panic that unwinds through this frame.
-        pg_sys::ffi::pg_guard_ffi_boundary(|| match PREVIOUS {
-            Some(previous) => {
-                previous(statement, query, read_only_tree, context, params, environment, receiver, completion)
-            }
+        match PREVIOUS {
+            // A bare pointer: the boundary turns an error below into a panic that unwinds through this frame. (What
+            // pgrx binds has that boundary already, and two of them abort.)
+            Some(previous) => pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                previous(statement, query, read_only_tree, context, params, environment, receiver, completion);
+            }),
             None => pg_sys::standard_ProcessUtility(
                 statement,
                 query,
@@ -50,7 +51,7 @@ unsafe extern "C-unwind" fn process_utility(
                 receiver,
                 completion,
             ),
-        });
+        }
         // The worker looks whether the extension is still there; if not, it ends.
         if may_drop_extension && catalog_was_reachable() {
             xact::wake_worker_at_commit();

@@ -1,0 +1,90 @@
+//! Installing: into which schema, and what a dump brings back.
+
+use crate::support::*;
+use serde_json::json;
+use std::process::Command;
+
+#[test]
+fn a_dump_brings_back_all_rows_and_a_running_worker() {
+    let database = shared().database();
+    let server = McpServer::start(&[]);
+    let mut client = database.connect();
+    add_server(&mut client, "demo", server.config());
+    client
+        .batch_execute("INSERT INTO system_servers (id, name, config) VALUES ('sys', 'sys', '{\"url\": \"http://h/\"}')")
+        .expect("a system server");
+    run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
+    let restored = shared().empty_database();
+    let script = format!("pg_dump -Fc {} | pg_restore --exit-on-error -d {}", database.name, restored.name);
+    let output =
+        Command::new("sh").args(["-c", &script]).envs(shared().environment()).output().expect("pg_dump | pg_restore");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut client = restored.connect();
+    for table in ["system_servers", "user_servers", "job_results"] {
+        assert_eq!(value::<i64>(&mut client, &format!("SELECT count(*) FROM {table}")), 1, "{table}");
+    }
+    run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
+}
+
+#[test]
+fn a_running_job_that_comes_with_a_dump_is_run_again() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 200"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    database.wait_for_worker();
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params, status, started_at, lease)
+             VALUES ('http_request', $1, 'running', now(), gen_random_uuid())",
+            &[&json!({"url": server.url})],
+        )
+        .expect("a row as a dump has it");
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
+}
+
+#[test]
+fn a_database_in_another_encoding_is_refused() {
+    let cluster = shared();
+    let mut client = cluster.connect("postgres");
+    client
+        .batch_execute("DROP DATABASE IF EXISTS latin; CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
+        .or_else(|_| {
+            client.batch_execute("DROP DATABASE IF EXISTS latin")?;
+            client.batch_execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+        })
+        .expect("CREATE DATABASE");
+    let (code, message) = error_of(&mut cluster.connect("latin"), "CREATE EXTENSION nexus_hub");
+    assert_eq!((code.as_str(), message.as_str()), ("0A000", "nexus_hub needs a database with encoding UTF8"));
+    client.batch_execute("DROP DATABASE latin").expect("DROP DATABASE");
+}
+
+#[test]
+fn a_schema_of_the_internals_name_is_not_taken_over() {
+    let database = shared().empty_database();
+    let mut client = database.connect();
+    client.batch_execute("CREATE SCHEMA _nexus_hub").expect("CREATE SCHEMA");
+    let (code, _) = error_of(&mut client, "CREATE EXTENSION nexus_hub");
+    assert_eq!(code, "42P06");
+}
+
+#[test]
+fn errors_of_utility_statements_pass_through_beside_other_extensions_hooks() {
+    for libraries in ["nexus_hub,pg_stat_statements", "pg_stat_statements,nexus_hub"] {
+        let cluster = Cluster::start(&[&format!("shared_preload_libraries = '{libraries}'")]);
+        let database = cluster.database();
+        let mut client = database.connect();
+        for (statement, code) in [
+            ("DROP TABLE nowhere", "42P01"),
+            ("DROP DATABASE nowhere", "3D000"),
+            ("CREATE DATABASE x TEMPLATE nowhere", "3D000"),
+            ("ALTER DATABASE nowhere RENAME TO elsewhere", "3D000"),
+            ("CREATE EXTENSION nexus_hub", "42710"),
+        ] {
+            assert_eq!(error_of(&mut client, statement).0, code, "{statement}");
+        }
+        let (code, _) = error_of(&mut client, "BEGIN; SELECT 1/0; COMMIT");
+        assert_eq!(code, "22012");
+        client.batch_execute("ROLLBACK; SELECT 1").expect("the session goes on");
+    }
+}

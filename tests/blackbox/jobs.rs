@@ -1,0 +1,303 @@
+//! The life of a job, seen from SQL.
+
+use crate::support::*;
+use serde_json::json;
+use std::sync::{Arc, Condvar, Mutex};
+use uuid::Uuid;
+
+#[test]
+fn a_plain_insert_is_enough_to_have_a_job_run() {
+    let server = McpServer::start(&[]);
+    let database = shared().database();
+    let mut client = database.connect();
+    add_server(&mut client, "demo", server.config());
+    let job: Uuid = client
+        .query_one(
+            "INSERT INTO job_results (user_id, job_type, server_id, tool_name, params)
+             VALUES ($1, 'tool_invoke', 'demo', 'add', '{\"a\": 2, \"b\": 40}') RETURNING id",
+            &[&ALICE.parse::<Uuid>().expect("a uuid")],
+        )
+        .expect("INSERT")
+        .get(0);
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
+    assert_eq!(wait_for_job(&mut client, job).completed()["structuredContent"]["sum"], 42);
+    let row = client
+        .query_one(
+            "SELECT created_at <= started_at AND started_at <= completed_at, lease IS NULL FROM job_results",
+            &[],
+        )
+        .expect("times");
+    assert_eq!((row.get(0), row.get(1)), (Some(true), true));
+}
+
+#[test]
+fn a_rolled_back_job_never_runs_and_a_committed_one_after_it_does() {
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    let database = shared().database();
+    let mut client = database.connect();
+    let insert = format!("INSERT INTO job_results (job_type, params) VALUES ('http_request', '{{\"url\": \"{}", server.url);
+    client.batch_execute(&format!("BEGIN; {insert}rolled-back\"}}'); ROLLBACK")).expect("rollback");
+    client.batch_execute(&format!("BEGIN; SAVEPOINT a; {insert}half\"}}'); ROLLBACK TO a; {insert}kept\"}}'); COMMIT")).expect("commit");
+    wait_until("the committed job is completed", || count_jobs(&mut client, "completed") == 1);
+    let requests = server.requests();
+    assert_eq!(requests.len(), 1, "{requests:?}");
+    assert!(requests[0].starts_with("GET /kept "), "{requests:?}");
+}
+
+#[test]
+fn a_job_in_a_prepared_transaction_runs_once_that_is_committed() {
+    let cluster = Cluster::start(&["max_prepared_transactions = 2", "nexus_hub.poll_interval = 200"]);
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .batch_execute(&format!(
+            "BEGIN; INSERT INTO job_results (job_type, params) VALUES ('http_request', '{{\"url\": \"{}\"}}');
+             PREPARE TRANSACTION 'p'",
+            server.url
+        ))
+        .expect("prepare");
+    assert_eq!(count_jobs(&mut client, "completed"), 0);
+    client.batch_execute("COMMIT PREPARED 'p'").expect("commit");
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
+}
+
+/// Opens for good when told to.
+#[derive(Clone, Default)]
+struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    fn open(&self) {
+        *self.0.0.lock().expect("not poisoned") = true;
+        self.0.1.notify_all();
+    }
+
+    fn pass(&self) {
+        let mut open = self.0.0.lock().expect("not poisoned");
+        while !*open {
+            open = self.0.1.wait(open).expect("not poisoned");
+        }
+    }
+}
+
+#[test]
+fn a_pending_job_can_be_cancelled_and_a_running_or_finished_one_can_not() {
+    let cluster = Cluster::start(&["nexus_hub.max_in_flight = 1"]);
+    let gate = Gate::default();
+    let held = gate.clone();
+    let server = FakeServer::start(move |_| {
+        held.pass();
+        Some(Answer::json("{}"))
+    });
+    let database = cluster.database();
+    let mut client = database.connect();
+    let create = |client: &mut postgres::Client| -> Uuid {
+        client
+            .query_one(
+                "INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id",
+                &[&json!({"url": server.url})],
+            )
+            .expect("INSERT")
+            .get(0)
+    };
+    let cancel = |client: &mut postgres::Client, job: Uuid| -> bool {
+        client.query_one("SELECT cancel_job($1)", &[&job]).expect("cancel_job").get(0)
+    };
+    let running = create(&mut client);
+    wait_until("the first job runs", || count_jobs(&mut client, "running") == 1);
+    let waiting = create(&mut client);
+    assert!(!cancel(&mut client, running), "it runs");
+    assert!(cancel(&mut client, waiting), "it waits");
+    assert!(!cancel(&mut client, waiting), "it is cancelled already");
+    assert!(!cancel(&mut client, Uuid::nil()), "there is none");
+    gate.open();
+    wait_for_job(&mut client, running).completed();
+    assert!(!cancel(&mut client, running), "it is finished");
+    let cancelled = wait_for_job(&mut client, waiting);
+    assert_eq!((cancelled.status.as_str(), cancelled.result, cancelled.error), ("cancelled", None, None));
+    assert_eq!(server.requests().len(), 1, "a cancelled job sends nothing");
+}
+
+#[test]
+fn five_hundred_slow_jobs_run_side_by_side() {
+    const JOBS: usize = 500;
+    // Nobody is answered before all are there: one after the other they would wait for ever.
+    let arrived = Arc::new((Mutex::new(0), Condvar::new()));
+    let door = Arc::clone(&arrived);
+    let server = FakeServer::start(move |_| {
+        let mut count = door.0.lock().expect("not poisoned");
+        *count += 1;
+        door.1.notify_all();
+        while *count < JOBS {
+            count = door.1.wait(count).expect("not poisoned");
+        }
+        Some(Answer::json("{}"))
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params) SELECT 'http_request', $1 FROM generate_series(1, 500)",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT");
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == JOBS as i64);
+}
+
+#[test]
+fn no_more_requests_are_in_flight_than_allowed_and_all_jobs_run() {
+    let cluster = Cluster::start(&["nexus_hub.max_in_flight = 7", "nexus_hub.batch_size = 3"]);
+    let (now, most) = (Arc::new(Mutex::new(0)), Arc::new(Mutex::new(0)));
+    let (current, highest) = (Arc::clone(&now), Arc::clone(&most));
+    let server = FakeServer::start(move |_| {
+        {
+            let mut now = current.lock().expect("not poisoned");
+            *now += 1;
+            let mut most = highest.lock().expect("not poisoned");
+            *most = (*most).max(*now);
+        }
+        std::thread::yield_now();
+        *current.lock().expect("not poisoned") -= 1;
+        Some(Answer::json("{}"))
+    });
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params) SELECT 'http_request', $1 FROM generate_series(1, 300)",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT");
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 300);
+    let most = *most.lock().expect("not poisoned");
+    assert!((1..=7).contains(&most), "{most} in flight");
+}
+
+#[test]
+fn a_row_that_a_session_keeps_locked_does_not_hold_up_the_others() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let server = FakeServer::start(move |_| {
+        held.pass();
+        Some(Answer::json("{}"))
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params) SELECT 'http_request', $1 FROM generate_series(1, 20)",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT");
+    wait_until("all run", || count_jobs(&mut client, "running") == 20);
+    let mut locker = database.connect();
+    let mut transaction = locker.transaction().expect("BEGIN");
+    transaction.execute("SELECT FROM job_results ORDER BY id LIMIT 1 FOR UPDATE", &[]).expect("lock");
+    gate.open();
+    wait_until("the others are completed", || count_jobs(&mut client, "completed") == 19);
+    transaction.rollback().expect("ROLLBACK");
+    wait_until("the last one is completed", || count_jobs(&mut client, "completed") == 20);
+}
+
+#[test]
+fn an_answer_that_jsonb_can_not_hold_does_not_take_others_with_it() {
+    // 1e200000 is JSON, but no number that jsonb takes.
+    let server = FakeServer::start(|request| {
+        Some(Answer::json(if request.starts_with("GET /poison ") { "1e200000" } else { "1" }))
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    client
+        .batch_execute(&format!(
+            "INSERT INTO job_results (job_type, params)
+             SELECT 'http_request', jsonb_build_object('url', '{}' || CASE WHEN n = 25 THEN 'poison' ELSE 'good' END)
+               FROM generate_series(1, 50) n",
+            server.url
+        ))
+        .expect("INSERT");
+    wait_until("all are finished", || count_jobs(&mut client, "completed") + count_jobs(&mut client, "failed") == 50);
+    assert_eq!(count_jobs(&mut client, "failed"), 1);
+    let error: String = value(&mut client, "SELECT error FROM job_results WHERE status = 'failed'");
+    assert!(error.starts_with("the answer can not be stored as jsonb"), "{error}");
+}
+
+#[test]
+fn a_job_that_is_changed_by_hand_while_it_runs_keeps_that_state() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let server = FakeServer::start(move |_| {
+        held.pass();
+        Some(Answer::json("{}"))
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    let insert = "INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id";
+    let job: Uuid = client.query_one(insert, &[&json!({"url": server.url})]).expect("INSERT").get(0);
+    wait_until("it runs", || count_jobs(&mut client, "running") == 1);
+    client
+        .execute("UPDATE job_results SET status = 'cancelled', completed_at = now() WHERE status IN ('pending', 'running')", &[])
+        .expect("the operational guide's statement");
+    gate.open();
+    let after: Uuid = client.query_one(insert, &[&json!({"url": server.url})]).expect("INSERT").get(0);
+    wait_for_job(&mut client, after).completed();
+    assert_eq!(wait_for_job(&mut client, job).status, "cancelled");
+}
+
+#[test]
+fn waiting_returns_the_state_when_the_time_is_over() {
+    let server = FakeServer::start(|_| {
+        std::thread::park();
+        None
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    let job: Uuid = client
+        .query_one(
+            "INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT")
+        .get(0);
+    let status: String = client.query_one("SELECT status FROM wait_for_job($1, 50)", &[&job]).expect("wait").get(0);
+    assert!(matches!(status.as_str(), "pending" | "running"), "{status}");
+    assert!(client.query("SELECT FROM wait_for_job($1)", &[&Uuid::nil()]).expect("wait").is_empty());
+}
+
+#[test]
+fn a_waiting_session_can_be_cancelled() {
+    let server = FakeServer::start(|_| {
+        std::thread::park();
+        None
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    client.batch_execute("SET statement_timeout = 100").expect("SET");
+    let job: Uuid = client
+        .query_one(
+            "INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT")
+        .get(0);
+    let error = client.query("SELECT FROM wait_for_job($1)", &[&job]).expect_err("a time-out");
+    assert_eq!(error.code().map(|code| code.code()), Some("57014"));
+    client.batch_execute("RESET statement_timeout; SELECT 1").expect("the session goes on");
+}
+
+#[test]
+fn execute_job_via_pg_net_knows_its_jobs() {
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    let database = shared().database();
+    let mut client = database.connect();
+    let job: Uuid = client
+        .query_one(
+            "INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT")
+        .get(0);
+    client.execute("SELECT execute_job_via_pg_net(job_id => $1)", &[&job]).expect("a known job");
+    wait_for_job(&mut client, job).completed();
+    let (code, message) = error_of(&mut client, "SELECT execute_job_via_pg_net('00000000-0000-0000-0000-000000000000')");
+    assert_eq!((code.as_str(), message.as_str()), ("22023", "Job 00000000-0000-0000-0000-000000000000 not found"));
+}
