@@ -9,8 +9,9 @@ DECLARE
     policy record;
 BEGIN
     FOR grantee IN SELECT rolname FROM pg_roles WHERE rolname IN ('authenticated', 'service_role') LOOP
-        EXECUTE format('GRANT USAGE ON SCHEMA @extschema@ TO %I', grantee);
-        EXECUTE format('GRANT EXECUTE ON FUNCTION
+        -- No format(): a schema's name may hold a per cent sign.
+        EXECUTE 'GRANT USAGE ON SCHEMA @extschema@ TO ' || grantee;
+        EXECUTE 'GRANT EXECUTE ON FUNCTION
             @extschema@.add_server(text, text, jsonb, uuid),
             @extschema@.update_server(uuid, text, jsonb, boolean),
             @extschema@.delete_server(uuid),
@@ -23,12 +24,12 @@ BEGIN
             _nexus_hub.server_owner(uuid),
             _nexus_hub.server_id(text),
             _nexus_hub.seal_server_config(text),
-            _nexus_hub.check_job(text, text, text, jsonb),
+            _nexus_hub.check_job(text, text, text, text),
             _nexus_hub.wake_worker(),
             _nexus_hub.job_not_found(uuid),
             _nexus_hub.await_job(uuid, integer),
             _nexus_hub.cancel_pending_job(uuid)
-            TO %I', grantee);
+            TO ' || grantee;
     END LOOP;
 
     -- A signed-in user: own rows by row-level security, and of those never a ciphertext, never a result to write.
@@ -58,10 +59,10 @@ BEGIN
         FOR policy IN SELECT t.name FROM (VALUES ('system_servers'), ('user_servers'), ('job_results')) AS t (name) LOOP
             IF NOT EXISTS (
                 SELECT FROM pg_policies
-                 WHERE format('%I.%I', schemaname, tablename) = format('%s.%I', '@extschema@', policy.name)
+                 WHERE quote_ident(schemaname) || '.' || tablename = '@extschema@.' || policy.name
                    AND policyname = policy.name || '_service_all') THEN
-                EXECUTE format('CREATE POLICY %I ON @extschema@.%I FOR ALL TO service_role USING (true) WITH CHECK (true)',
-                               policy.name || '_service_all', policy.name);
+                EXECUTE 'CREATE POLICY ' || policy.name || '_service_all ON @extschema@.' || policy.name
+                     || ' FOR ALL TO service_role USING (true) WITH CHECK (true)';
             END IF;
         END LOOP;
     END IF;
@@ -84,18 +85,21 @@ BEGIN
     FOR grantee IN
         SELECT DISTINCT
                CASE d.classid WHEN 'pg_proc'::regclass THEN format('FUNCTION %s', d.objid::regprocedure)
+                              WHEN 'pg_namespace'::regclass THEN format('SCHEMA %s', d.objid::regnamespace)
                               ELSE format('TABLE %s', d.objid::regclass) END AS object,
                CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
           FROM pg_catalog.pg_depend d
           JOIN pg_catalog.pg_extension e ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND e.extname = 'nexus_hub'
           LEFT JOIN pg_catalog.pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
           LEFT JOIN pg_catalog.pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'p', 'v')
+          LEFT JOIN pg_catalog.pg_namespace n ON d.classid = 'pg_namespace'::regclass AND n.oid = d.objid
          CROSS JOIN LATERAL pg_catalog.aclexplode(CASE d.classid
                    WHEN 'pg_proc'::regclass THEN coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))
+                   WHEN 'pg_namespace'::regclass THEN coalesce(n.nspacl, pg_catalog.acldefault('n', n.nspowner))
                    ELSE coalesce(c.relacl, pg_catalog.acldefault('r', c.relowner)) END) a
          WHERE d.deptype = 'e'
-           AND coalesce(p.oid, c.oid) IS NOT NULL
-           AND a.grantee <> coalesce(p.proowner, c.relowner)
+           AND coalesce(p.oid, c.oid, n.oid) IS NOT NULL
+           AND a.grantee <> coalesce(p.proowner, c.relowner, n.nspowner)
     LOOP
         EXECUTE pg_catalog.format('REVOKE ALL ON %s FROM %s', grantee.object, grantee.role);
     END LOOP;

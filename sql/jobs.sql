@@ -26,9 +26,9 @@ CREATE TABLE @extschema@.job_results (
     completed_at timestamptz,
     lease uuid,
     CONSTRAINT job_results_server_named
-        CHECK (job_type = 'http_request' OR server_id IS NOT NULL),
+        CHECK (job_type = 'http_request' OR coalesce(server_id, '') <> ''),
     CONSTRAINT job_results_tool_named
-        CHECK (job_type NOT IN ('tool_invoke', 'prompt_execute') OR tool_name IS NOT NULL),
+        CHECK (job_type NOT IN ('tool_invoke', 'prompt_execute') OR coalesce(tool_name, '') <> ''),
     CONSTRAINT job_results_uri_given
         CHECK (job_type <> 'resource_fetch' OR (params ->> 'uri') IS NOT NULL),
     CONSTRAINT job_results_url_given
@@ -40,7 +40,7 @@ CREATE TABLE @extschema@.job_results (
     CONSTRAINT job_results_lease_while_running
         CHECK (lease IS NULL OR status = 'running'),
     CONSTRAINT job_results_result_when_finished
-        CHECK ((result IS NULL AND error IS NULL) OR status <> 'pending')
+        CHECK ((result IS NULL AND error IS NULL) OR status IN ('completed', 'failed', 'cancelled'))
 ) WITH (
     -- Each job is three row versions in quick succession: leave room on the page, and let autovacuum keep up.
     fillfactor = 70,
@@ -93,10 +93,13 @@ BEGIN
     ELSE
         NEW.lease := NULL;
     END IF;
-    IF NEW.status = 'pending' THEN
-        NEW.started_at := NULL;
+    -- A new row with a result that does not fit its status is a mistake, for the CHECK to refuse: clearing would lose it.
+    IF TG_OP = 'UPDATE' AND NEW.status IN ('pending', 'running') THEN
         NEW.result := NULL;
         NEW.error := NULL;
+    END IF;
+    IF NEW.status = 'pending' THEN
+        NEW.started_at := NULL;
     END IF;
     RETURN NEW;
 END
@@ -109,7 +112,8 @@ CREATE TRIGGER job_results_settle BEFORE INSERT OR UPDATE ON @extschema@.job_res
     WHEN ((NEW.status IN ('completed', 'failed', 'cancelled')) <> (NEW.completed_at IS NOT NULL)
           OR (NEW.status = 'running' AND NEW.started_at IS NULL)
           OR (NEW.status <> 'running' AND NEW.lease IS NOT NULL)
-          OR (NEW.status = 'pending' AND (NEW.result IS NOT NULL OR NEW.error IS NOT NULL OR NEW.started_at IS NOT NULL)))
+          OR (NEW.status = 'pending' AND NEW.started_at IS NOT NULL)
+          OR (NEW.status IN ('pending', 'running') AND (NEW.result IS NOT NULL OR NEW.error IS NOT NULL)))
     EXECUTE FUNCTION _nexus_hub.settle_job();
 
 CREATE FUNCTION _nexus_hub.wake_on_change() RETURNS trigger
@@ -123,10 +127,10 @@ CREATE TRIGGER job_results_wake_update AFTER UPDATE OF status ON @extschema@.job
 
 -- ── What the public functions need ──
 
-CREATE FUNCTION _nexus_hub.check_job(job_type text, server_id text, tool_name text, params jsonb) RETURNS void
+CREATE FUNCTION _nexus_hub.check_job(job_type text, server_id text, tool_name text, params text) RETURNS void
 LANGUAGE c STABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'check_job_wrapper';
-COMMENT ON FUNCTION _nexus_hub.check_job(text, text, text, jsonb) IS
+COMMENT ON FUNCTION _nexus_hub.check_job(text, text, text, text) IS
     'Raises 22023 with a helpful text when a job''s fields do not fit its type.';
 
 CREATE FUNCTION _nexus_hub.wake_worker() RETURNS void
@@ -161,16 +165,15 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION _nexus_hub.cancel_pending_job(uuid) IS 'Cancels a job that is still pending. The caller has been found entitled to it.';
 
-CREATE FUNCTION _nexus_hub.job_progress(p_job_id uuid, OUT finished boolean, OUT uncommitted boolean)
+CREATE FUNCTION _nexus_hub.job_progress(p_job_id uuid, OUT finished boolean, OUT writer bigint)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT j.status IN ('completed', 'failed', 'cancelled'),
-           j.xmin::text = (pg_current_xact_id_if_assigned()::text::numeric % 4294967296)::text
+    SELECT j.status IN ('completed', 'failed', 'cancelled'), j.xmin::text::bigint
       FROM @extschema@.job_results j
      WHERE j.id = p_job_id;
 END;
-COMMENT ON FUNCTION _nexus_hub.job_progress(uuid) IS 'Whether a job is finished, and whether the running transaction itself wrote it (so that no worker can see it).';
+COMMENT ON FUNCTION _nexus_hub.job_progress(uuid) IS 'Whether a job is finished, and which transaction wrote its row: the running one itself waits in vain.';
 
 -- ── What users call: caller's rights, row-level security decides, bodies bound at creation (see servers.sql) ──
 
@@ -179,7 +182,7 @@ RETURNS uuid
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT _nexus_hub.check_job(p_job_type, p_server_id, p_tool_name, p_params);
+    SELECT _nexus_hub.check_job(p_job_type, p_server_id, p_tool_name, p_params::text);
     INSERT INTO @extschema@.job_results (user_id, job_type, server_id, tool_name, params)
     VALUES (coalesce(p_user_id, @extschema@.nexus_hub_uid()), p_job_type, p_server_id, p_tool_name, coalesce(p_params, '{}'))
     RETURNING id;

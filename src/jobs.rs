@@ -2,7 +2,8 @@
 
 pub mod queue;
 
-use crate::domain::job;
+use crate::domain::job::{self, JobType};
+use crate::net::http::HttpCall;
 use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
 use crate::pg::{bgworker, shmem, snapshot, xact};
 use pgrx::prelude::*;
@@ -25,13 +26,21 @@ fn check_job(
     job_type: Option<&str>,
     server_id: Option<&str>,
     tool_name: Option<&str>,
-    params: Option<pgrx::JsonB>,
+    params: Option<&str>,
 ) -> Result<(), ErrorReport> {
-    let params = params.map_or_else(|| serde_json::json!({}), |params| params.0);
-    let has_param = |key: &str| params.get(key).is_some_and(|value| !value.is_null());
-    job::check(job_type, server_id, tool_name, params.is_object(), has_param)
-        .map(|_| ())
-        .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))
+    let params: serde_json::Value = serde_json::from_str(params.unwrap_or("{}")).map_err(|_| {
+        error(Kind::BadArgument, "p_params can not be read")
+            .set_detail("It is nested too deeply, or holds a number that is too large.")
+            .set_hint("Pass such a value as a text.")
+    })?;
+    let has_param = |key: &str| params.get(key).is_some_and(serde_json::Value::is_string);
+    let kind = job::check(job_type, server_id, tool_name, params.is_object(), has_param)
+        .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))?;
+    if let (JobType::HttpRequest, Some(params)) = (kind, params.as_object()) {
+        HttpCall::parse(params)
+            .map_err(|problem| error(Kind::BadArgument, format!("bad request in p_params: {problem}")))?;
+    }
+    Ok(())
 }
 
 /// Wakes the worker of this database when the transaction commits.
@@ -133,15 +142,13 @@ fn await_job(job_id: pgrx::Uuid, timeout_ms: Option<i32>) -> Result<(), ErrorRep
 fn progress(job_id: pgrx::Uuid) -> Result<(bool, bool), ErrorReport> {
     let row = snapshot::with_fresh(|| {
         Spi::connect(|client| {
-            let rows = client.select(
-                "SELECT finished, uncommitted FROM _nexus_hub.job_progress($1)",
-                Some(1),
-                &[job_id.into()],
-            )?;
-            rows.first().get_two::<bool, bool>()
+            let rows =
+                client.select("SELECT finished, writer FROM _nexus_hub.job_progress($1)", Some(1), &[job_id.into()])?;
+            rows.first().get_two::<bool, i64>()
         })
     });
-    let (finished, uncommitted) =
+    let (finished, writer) =
         row.map_err(|problem| error(Kind::Internal, format!("could not read the job's state: {problem}")))?;
-    Ok((finished.unwrap_or(true), uncommitted.unwrap_or(false)))
+    let uncommitted = writer.and_then(|writer| u32::try_from(writer).ok()).is_some_and(xact::is_current);
+    Ok((finished.unwrap_or(true), uncommitted))
 }

@@ -2,6 +2,8 @@
 //!
 //! Floors, imports run downward only: `worker` → the façades `jobs`, `servers`, `vault` → `net` and `pg` → `domain`.
 
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
+
 mod domain;
 mod jobs;
 mod net;

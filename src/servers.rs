@@ -4,7 +4,6 @@ use crate::net::endpoint::Endpoint;
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::vault;
 use pgrx::prelude::*;
-use serde_json::Value;
 
 const MAX_SERVER_ID_LENGTH: usize = 200;
 
@@ -38,9 +37,7 @@ fn server_id(server_id: Option<&str>) -> Result<String, ErrorReport> {
 #[pg_extern(sql = false)]
 fn seal_server_config(config: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let text = config.unwrap_or("null");
-    let parsed: Value = serde_json::from_str(text)
-        .map_err(|_| error(Kind::BadArgument, "bad server config: it is nested too deeply"))?;
-    Endpoint::parse(&parsed).map_err(|problem| {
+    Endpoint::parse(text).map_err(|problem| {
         error(Kind::BadArgument, format!("bad server config: {problem}")).set_hint(
             "A config is {\"url\": \"https://host/mcp\", \"headers\": {\"Authorization\": \"Bearer …\"}, \"timeout_ms\": 30000}; only url is required.",
         )
@@ -66,13 +63,11 @@ pub fn resolve(server_id: &str, row: &ServerRow) -> Result<Endpoint, String> {
             let hint = report.hint().map(|hint| format!(". {hint}")).unwrap_or_default();
             bad_config(format!("{}{hint}", report.message()))
         })?;
-        let config = serde_json::from_str(&text).map_err(|_| bad_config("it is not JSON".into()))?;
-        return Endpoint::parse(&config).map_err(bad_config);
+        return Endpoint::parse(&text).map_err(bad_config);
     }
     if row.system_enabled == Some(true) {
         let text = row.system_config.as_deref().unwrap_or_default();
-        let config = serde_json::from_str(text).map_err(|_| bad_config("it is not JSON".into()))?;
-        return Endpoint::parse(&config).map_err(bad_config);
+        return Endpoint::parse(text).map_err(bad_config);
     }
     if row.user_enabled.is_some() || row.system_enabled.is_some() {
         return Err(format!("the server \"{server_id}\" is disabled"));

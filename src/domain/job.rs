@@ -34,7 +34,7 @@ fn misfit(problem: impl Into<String>, advice: &'static str) -> Result<JobType, M
 }
 
 /// Checks a job's fields as the table's constraints do, but with texts that help. `has_param` tells whether
-/// `params` has a key with a value.
+/// `params` has a key with a text.
 pub fn check(
     job_type: Option<&str>,
     server_id: Option<&str>,
@@ -64,11 +64,12 @@ pub fn check(
             misfit("p_tool_name is required for a prompt_execute job", "Pass the name of the prompt.")
         }
         JobType::ResourceFetch if !has_param("uri") => {
-            misfit("p_params has no \"uri\"", "A resource_fetch job takes {\"uri\": \"…\"}.")
+            misfit("p_params has no \"uri\" that is a string", "A resource_fetch job takes {\"uri\": \"…\"}.")
         }
-        JobType::HttpRequest if !has_param("url") => {
-            misfit("p_params has no \"url\"", "An http_request job takes {\"url\": \"…\", \"method\": \"GET\", …}.")
-        }
+        JobType::HttpRequest if !has_param("url") => misfit(
+            "p_params has no \"url\" that is a string",
+            "An http_request job takes {\"url\": \"…\", \"method\": \"GET\", …}.",
+        ),
         _ => Ok(kind),
     }
 }

@@ -3,7 +3,9 @@
 use crate::domain::secret::Secret;
 use reqwest::Url;
 use reqwest::header::{HeaderName, HeaderValue};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Longest time-out a config or a job may ask for.
@@ -33,8 +35,18 @@ pub struct Endpoint {
 impl Endpoint {
     /// Reads `{"url": …, "headers": {…}, "timeout_ms": …}`; other keys are left to others. The problem, if there is
     /// one, names keys but never quotes a value: any may hold a secret.
-    pub fn parse(config: &Value) -> Result<Self, String> {
-        let config = config.as_object().ok_or("the config is not a JSON object")?;
+    pub fn parse(config: &str) -> Result<Self, String> {
+        // Values of other keys are not looked into: they may be larger or deeper than serde_json takes.
+        let members: BTreeMap<String, &RawValue> =
+            serde_json::from_str(config).map_err(|_| "the config is not a JSON object")?;
+        let mut known = Map::new();
+        for key in ["url", "headers", "timeout_ms"] {
+            if let Some(value) = members.get(key) {
+                let value = serde_json::from_str(value.get()).map_err(|_| format!("\"{key}\" can not be read"))?;
+                known.insert(key.to_owned(), value);
+            }
+        }
+        let config = &known;
         let headers = headers(config)?;
         if let Some((name, _)) = headers.iter().find(|(name, _)| RESERVED.contains(&name.as_str())) {
             return Err(format!("the header \"{name}\" is set by the protocol and can not be given"));
@@ -74,11 +86,11 @@ pub fn headers(object: &Map<String, Value>) -> Result<Vec<(HeaderName, Secret)>,
         let parsed = HeaderName::from_bytes(name.as_bytes())
             .map_err(|_| "\"headers\" has a name that is not a valid header name".to_owned())?;
         let Value::String(value) = value else {
-            return Err(format!("the header \"{parsed}\" is not a string"));
+            return Err(format!("the header \"{name}\" is not a string"));
         };
         // Control characters would let a value end the line and begin another header.
         if HeaderValue::from_str(value).is_err() {
-            return Err(format!("the header \"{parsed}\" has characters that are not allowed in a header"));
+            return Err(format!("the header \"{name}\" has characters that are not allowed in a header"));
         }
         headers.push((parsed, Secret::new(value.clone())));
     }
@@ -109,13 +121,13 @@ mod tests {
     use serde_json::json;
 
     fn problem(config: Value) -> String {
-        Endpoint::parse(&config).err().unwrap_or_default()
+        Endpoint::parse(&config.to_string()).err().unwrap_or_default()
     }
 
     #[test]
     fn a_config_is_read_and_unknown_keys_are_left_alone() {
         let config = json!({"url": "https://host.example/mcp", "headers": {"Authorization": "Bearer t"}, "timeout_ms": 5, "note": 1});
-        let endpoint = Endpoint::parse(&config).unwrap_or_else(|problem| panic!("{problem}"));
+        let endpoint = Endpoint::parse(&config.to_string()).unwrap_or_else(|problem| panic!("{problem}"));
         assert_eq!(endpoint.url.as_str(), "https://host.example/mcp");
         assert_eq!(endpoint.timeout, Some(Duration::from_millis(5)));
         assert_eq!(endpoint.headers[0].0, "authorization");
@@ -135,12 +147,15 @@ mod tests {
         let url = "http://host/";
         for value in ["a\r\nX-Evil: 1", "a\nb", "a\u{0}b"] {
             let problem = problem(json!({"url": url, "headers": {"X-Token": value}}));
-            assert_eq!(problem, "the header \"x-token\" has characters that are not allowed in a header");
+            assert_eq!(problem, "the header \"X-Token\" has characters that are not allowed in a header");
         }
         assert!(problem(json!({"url": url, "headers": {"X\r\nEvil": "1"}})).contains("not a valid header name"));
         assert!(problem(json!({"url": url, "headers": {"X": 1}})).contains("not a string"));
         assert!(problem(json!({"url": url, "headers": []})).contains("not a JSON object"));
         assert!(problem(json!({"url": url, "headers": {"Mcp-Session-Id": "1"}})).contains("set by the protocol"));
+        let url_and = |rest: &str| Endpoint::parse(&format!("{{\"url\": \"http://host/\", {rest}}}"));
+        assert_eq!(url_and("\"timeout_ms\": 1e400").err().as_deref(), Some("\"timeout_ms\" can not be read"));
+        assert!(url_and("\"note\": 1e400").is_ok(), "unknown keys are not looked into");
         for value in [json!(0), json!(-1), json!(1.5), json!("9"), json!(3_600_001)] {
             assert!(problem(json!({"url": url, "timeout_ms": value})).contains("timeout_ms"), "{value}");
         }

@@ -105,6 +105,9 @@ impl From<reqwest::Error> for Failure {
             }
             source = cause.source();
         }
+        if reason.contains("InvalidContentType") {
+            reason = "no TLS is spoken there; is it http:// instead of https://?".into();
+        }
         if error.is_connect() {
             Failure::Connect { authority, reason: quote(&reason) }
         } else if error.is_builder() {

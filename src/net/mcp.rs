@@ -80,6 +80,10 @@ pub async fn perform(
 
 fn describe(error: ServiceError, time: Duration) -> Failure {
     match error {
+        // Not the server's words but the library's, for calls that were open when it had to begin a new session.
+        ServiceError::McpError(error) if error.message.contains("re-initialized before the response") => {
+            Failure::Broken("the server forgot the session while the call was running".into())
+        }
         ServiceError::McpError(error) => Failure::Rpc { code: error.code.0, message: quote(&error.message) },
         ServiceError::Timeout { .. } => Failure::Timeout(time),
         ServiceError::TransportClosed => Failure::Broken("the MCP session was closed".into()),
@@ -100,8 +104,10 @@ struct Gist {
 }
 
 fn judge(result: String) -> Result<Verdict, Failure> {
-    let gist: Gist = serde_json::from_str(&result)
-        .map_err(|_| Failure::NotMcp("the result is not an object of the expected form".into()))?;
+    // serde would read the members from an array, too.
+    let gist: Option<Gist> =
+        if result.trim_start().starts_with('{') { serde_json::from_str(&result).ok() } else { None };
+    let gist = gist.ok_or_else(|| Failure::NotMcp("the result is not an object of the expected form".into()))?;
     let failed = |error: String, result| Ok(Verdict::Failed { error, result: Some(result) });
     match gist.result_type.as_deref() {
         None | Some("complete") => {}

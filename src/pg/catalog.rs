@@ -50,3 +50,14 @@ pub fn database(name: &std::ffi::CStr) -> Option<pg_sys::Oid> {
     let oid = unsafe { pg_sys::get_database_oid(name.as_ptr(), true) };
     (oid != pg_sys::InvalidOid).then_some(oid)
 }
+
+/// Whether the current user owns a database, as all need who may do to it what wants it empty.
+pub fn owns_database(database: pg_sys::Oid) -> bool {
+    // SAFETY: a look-up in the catalogue, inside a statement's transaction.
+    unsafe {
+        #[cfg(any(feature = "pg14", feature = "pg15"))]
+        return pg_sys::pg_database_ownercheck(database, pg_sys::GetUserId());
+        #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+        return pg_sys::object_ownercheck(pg_sys::DatabaseRelationId, database, pg_sys::GetUserId());
+    }
+}

@@ -15,7 +15,22 @@ pub fn register() {
     }
 }
 
-#[pg_guard]
+// pgrx's binding would catch an error and raise it anew, which loses its position, its context and the names of
+// objects. So the C function itself is called, outside of any guard: an error jumps over a frame with nothing to drop.
+unsafe extern "C-unwind" {
+    #[link_name = "standard_ProcessUtility"]
+    fn standard_process_utility(
+        statement: *mut pg_sys::PlannedStmt,
+        query: *const std::ffi::c_char,
+        read_only_tree: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        params: pg_sys::ParamListInfo,
+        environment: *mut pg_sys::QueryEnvironment,
+        receiver: *mut pg_sys::DestReceiver,
+        completion: *mut pg_sys::QueryCompletion,
+    );
+}
+
 #[allow(clippy::too_many_arguments)]
 unsafe extern "C-unwind" fn process_utility(
     statement: *mut pg_sys::PlannedStmt,
@@ -29,37 +44,31 @@ unsafe extern "C-unwind" fn process_utility(
 ) {
     // SAFETY: PostgreSQL hands a valid statement, and whatever comes goes on unchanged.
     unsafe {
-        let parse_tree = (*statement).utilityStmt;
-        if let Some(database) = emptied_database(parse_tree) {
+        look_at((*statement).utilityStmt);
+        let next = PREVIOUS.unwrap_or(standard_process_utility);
+        next(statement, query, read_only_tree, context, params, environment, receiver, completion);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn look_at(parse_tree: *mut pg_sys::Node) {
+    // SAFETY: a valid statement's parse tree.
+    unsafe {
+        if let Some(database) = emptied_database(parse_tree)
+            && catalog::owns_database(database)
+        {
             shmem::ask_to_leave(database);
         }
-        let may_drop_extension =
-            matches!((*parse_tree).type_, pg_sys::NodeTag::T_DropStmt | pg_sys::NodeTag::T_DropOwnedStmt);
-        match PREVIOUS {
-            // A bare pointer: the boundary turns an error below into a panic that unwinds through this frame. (What
-            // pgrx binds has that boundary already, and two of them abort.)
-            Some(previous) => pg_sys::ffi::pg_guard_ffi_boundary(|| {
-                previous(statement, query, read_only_tree, context, params, environment, receiver, completion);
-            }),
-            None => pg_sys::standard_ProcessUtility(
-                statement,
-                query,
-                read_only_tree,
-                context,
-                params,
-                environment,
-                receiver,
-                completion,
-            ),
-        }
-        // The worker looks whether the extension is still there; if not, it ends.
-        if may_drop_extension && catalog_was_reachable() {
+        // The worker looks whether the extension is still there; if not, it ends. An abort forgets the wake-up.
+        if matches!((*parse_tree).type_, pg_sys::NodeTag::T_DropStmt | pg_sys::NodeTag::T_DropOwnedStmt)
+            && catalog_is_reachable()
+        {
             xact::wake_worker_at_commit();
         }
     }
 }
 
-fn catalog_was_reachable() -> bool {
+fn catalog_is_reachable() -> bool {
     // SAFETY: plain globals of this process.
     unsafe { pg_sys::MyDatabaseId != pg_sys::InvalidOid && pg_sys::IsTransactionState() }
 }

@@ -17,15 +17,19 @@ pub fn wake_worker_at_commit() {
     WAKE_AT_COMMIT.store(true, Relaxed);
 }
 
+/// Whether a transaction id is that of the running transaction or of one of its subtransactions.
+pub fn is_current(id: u32) -> bool {
+    // SAFETY: a look-up in the state of the running transaction.
+    unsafe { pg_sys::TransactionIdIsCurrentTransactionId(pg_sys::TransactionId::from_inner(id)) }
+}
+
 // After XACT_EVENT_COMMIT an error would be a PANIC: `wake` neither allocates nor fails.
 #[pg_guard]
 unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
     match event {
-        pg_sys::XactEvent::XACT_EVENT_COMMIT => {
-            if WAKE_AT_COMMIT.swap(false, Relaxed) {
-                // SAFETY: a plain global of this process.
-                shmem::wake(unsafe { pg_sys::MyDatabaseId });
-            }
+        pg_sys::XactEvent::XACT_EVENT_COMMIT if WAKE_AT_COMMIT.swap(false, Relaxed) => {
+            // SAFETY: a plain global of this process.
+            shmem::wake(unsafe { pg_sys::MyDatabaseId });
         }
         pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
             WAKE_AT_COMMIT.store(false, Relaxed);

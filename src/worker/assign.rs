@@ -11,8 +11,8 @@ use std::time::Duration;
 
 /// The request of a job, or why there can't be one.
 pub fn request(job: ClaimedJob, default_timeout: Duration) -> Result<Request, String> {
-    let params: Map<String, Value> =
-        serde_json::from_str(&job.params).map_err(|_| "the job's params are nested too deeply".to_owned())?;
+    let params: Map<String, Value> = serde_json::from_str(&job.params)
+        .map_err(|_| "the job's params are nested too deeply, or hold a number that is too large".to_owned())?;
     let kind = JobType::parse(&job.job_type).ok_or_else(|| format!("unknown job type \"{}\"", job.job_type))?;
     let name = || job.tool_name.clone().ok_or_else(|| "the job has no tool_name".to_owned());
     let call = match kind {

@@ -35,6 +35,21 @@ struct Database {
     failures: u32,
 }
 
+impl Database {
+    /// Somebody needs a worker now; only one that keeps failing waits its time.
+    fn ask(&mut self, now: Instant) {
+        if self.failures == 0 {
+            self.due = Some(now);
+        } else {
+            self.due.get_or_insert(now);
+        }
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.running.is_none() && self.due.is_some_and(|at| at <= now)
+    }
+}
+
 pub fn main() {
     bgworker::start(None);
     shmem::attach_launcher();
@@ -51,7 +66,7 @@ pub fn main() {
         match shmem::take_wanted() {
             Some(wanted) => {
                 for oid in wanted {
-                    databases.entry(oid).or_default().due.get_or_insert(now);
+                    databases.entry(oid).or_default().ask(now);
                 }
             }
             None => {
@@ -60,7 +75,8 @@ pub fn main() {
             }
         }
         databases.values_mut().for_each(|database| notice_end(database, now));
-        if now >= next_scan {
+        // A database may be gone since its worker ended: look before starting another.
+        if now >= next_scan || databases.values().any(|database| database.is_due(now)) {
             scan(&mut databases, now);
             next_scan = now + RESCAN_INTERVAL;
         }
@@ -120,10 +136,7 @@ enum Room {
 }
 
 fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) -> Room {
-    let due = databases
-        .iter_mut()
-        .filter(|(_, database)| database.running.is_none() && database.due.is_some_and(|at| at <= now));
-    for (oid, database) in due {
+    for (oid, database) in databases.iter_mut().filter(|(_, database)| database.is_due(now)) {
         let Some(slot) = shmem::reserve_slot(*oid) else { return Room::None };
         let Some(handle) = Launched::start(WORKER_MAIN, slot) else {
             shmem::free_slot(slot);

@@ -18,6 +18,8 @@ const GONE: i32 = 0;
 const RESTART: i32 = 1;
 /// How long to wait before a failed transaction is tried again.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
+/// How long to wait before a row that a session keeps locked is tried again.
+const LOCKED_DELAY: Duration = Duration::from_millis(50);
 /// Transactions that may fail in a row before the worker starts anew.
 const MAX_FAILURES: u32 = 20;
 
@@ -39,6 +41,10 @@ struct Worker {
     in_flight: HashSet<Uuid>,
     /// Outcomes that are not written yet.
     outcomes: Vec<Outcome>,
+    /// How many of them could not be written, because a session keeps their rows locked.
+    locked: usize,
+    /// Whether the last look at the network thread ended with a full batch: there may be more.
+    outcomes_due: bool,
     /// Whether there may be pending jobs that no claim has seen.
     claim_due: bool,
     next_poll: Instant,
@@ -100,6 +106,8 @@ pub fn main(slot: usize) -> i32 {
         settings,
         in_flight: HashSet::new(),
         outcomes: Vec::new(),
+        locked: 0,
+        outcomes_due: false,
         claim_due: true,
         next_poll: now + settings.poll_interval,
         failures: 0,
@@ -146,11 +154,17 @@ impl Worker {
     /// Takes what the network thread has finished, up to a batch.
     fn collect(&mut self) -> Result<(), crate::net::ThreadGone> {
         self.net.acknowledge_wake();
-        while self.outcomes.len() < self.settings.batch_size {
-            let Some(outcome) = self.net.next_outcome()? else { break };
+        // Not counting the locked ones, or a batch of them would keep all others out.
+        while self.outcomes.len() - self.locked < self.settings.batch_size {
+            let Some(outcome) = self.net.next_outcome()? else {
+                self.outcomes_due = false;
+                return Ok(());
+            };
             self.in_flight.remove(&outcome.job);
             self.outcomes.push(outcome);
         }
+        // Acknowledged but not taken: nobody will wake this thread for these.
+        self.outcomes_due = true;
         Ok(())
     }
 
@@ -187,6 +201,7 @@ impl Worker {
             shmem::announce_finished_jobs();
         }
         self.outcomes.retain(|outcome| later.contains(&outcome.job));
+        self.locked = self.outcomes.len();
         if poll {
             self.next_poll = now + self.settings.poll_interval;
         }
@@ -216,13 +231,13 @@ impl Worker {
 
     fn wait(&mut self) {
         let has_room = self.in_flight.len() < self.settings.max_in_flight;
-        let time = if self.claim_due && has_room {
+        // Jobs that failed before they were sent are outcomes, too.
+        let busy = self.outcomes_due || self.outcomes.len() > self.locked || (self.claim_due && has_room);
+        let time = if busy {
             Duration::ZERO
-        } else if self.outcomes.is_empty() {
-            self.next_poll.saturating_duration_since(Instant::now())
         } else {
-            // Left over: rows that were locked, or jobs that failed before they were sent.
-            Duration::from_millis(20)
+            let poll = self.next_poll.saturating_duration_since(Instant::now());
+            if self.locked > 0 { poll.min(LOCKED_DELAY) } else { poll }
         };
         if bgworker::wait(Some(self.net.wake_descriptor()), time) {
             self.claim_due = true;

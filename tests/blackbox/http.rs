@@ -3,7 +3,9 @@
 use crate::support::*;
 use serde_json::json;
 
-fn answered(answer: impl Fn(&str) -> Answer + Send + Sync + 'static) -> (FakeServer, Database<'static>, postgres::Client) {
+fn answered(
+    answer: impl Fn(&str) -> Answer + Send + Sync + 'static,
+) -> (FakeServer, Database<'static>, postgres::Client) {
     let server = FakeServer::start(move |request| Some(answer(request)));
     let database = shared().database();
     let client = database.connect();
@@ -80,7 +82,7 @@ fn redirects_are_not_followed() {
 fn a_bad_request_is_a_failed_job_and_nothing_is_sent() {
     let (server, _database, mut client) = answered(|_| Answer::json("{}"));
     for (params, problem) in [
-        (json!({"url": server.url, "headers": {"X": "a\r\nY: b"}}), "the header \"x\" has characters"),
+        (json!({"url": server.url, "headers": {"X": "a\r\nY: b"}}), "the header \"X\" has characters"),
         (json!({"url": server.url, "headers": {"X\r\nY": "b"}}), "not a valid header name"),
         (json!({"url": server.url, "method": "G T"}), "\"method\" is not an HTTP method"),
         (json!({"url": server.url, "timeout_ms": 0}), "\"timeout_ms\" is not a whole number"),
@@ -96,7 +98,8 @@ fn a_bad_request_is_a_failed_job_and_nothing_is_sent() {
 #[test]
 fn compressed_answers_are_read_and_capped_by_their_true_size() {
     // gzip of 64 MiB of zero bytes is 64 KiB.
-    let bomb = std::process::Command::new("sh").args(["-c", "head -c 67108864 /dev/zero | gzip -9"]).output().expect("gzip");
+    let bomb =
+        std::process::Command::new("sh").args(["-c", "head -c 67108864 /dev/zero | gzip -9"]).output().expect("gzip");
     let bomb = bomb.stdout;
     let (server, _database, mut client) = answered(move |_| {
         let mut answer = Answer::new("200 OK", "application/octet-stream", bomb.clone());

@@ -11,7 +11,9 @@ fn a_dump_brings_back_all_rows_and_a_running_worker() {
     let mut client = database.connect();
     add_server(&mut client, "demo", server.config());
     client
-        .batch_execute("INSERT INTO system_servers (id, name, config) VALUES ('sys', 'sys', '{\"url\": \"http://h/\"}')")
+        .batch_execute(
+            "INSERT INTO system_servers (id, name, config) VALUES ('sys', 'sys', '{\"url\": \"http://h/\"}')",
+        )
         .expect("a system server");
     run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
     let restored = shared().empty_database();

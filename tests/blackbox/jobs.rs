@@ -35,9 +35,12 @@ fn a_rolled_back_job_never_runs_and_a_committed_one_after_it_does() {
     let server = FakeServer::start(|_| Some(Answer::json("{}")));
     let database = shared().database();
     let mut client = database.connect();
-    let insert = format!("INSERT INTO job_results (job_type, params) VALUES ('http_request', '{{\"url\": \"{}", server.url);
+    let insert =
+        format!("INSERT INTO job_results (job_type, params) VALUES ('http_request', '{{\"url\": \"{}", server.url);
     client.batch_execute(&format!("BEGIN; {insert}rolled-back\"}}'); ROLLBACK")).expect("rollback");
-    client.batch_execute(&format!("BEGIN; SAVEPOINT a; {insert}half\"}}'); ROLLBACK TO a; {insert}kept\"}}'); COMMIT")).expect("commit");
+    client
+        .batch_execute(&format!("BEGIN; SAVEPOINT a; {insert}half\"}}'); ROLLBACK TO a; {insert}kept\"}}'); COMMIT"))
+        .expect("commit");
     wait_until("the committed job is completed", || count_jobs(&mut client, "completed") == 1);
     let requests = server.requests();
     assert_eq!(requests.len(), 1, "{requests:?}");
@@ -174,6 +177,28 @@ fn no_more_requests_are_in_flight_than_allowed_and_all_jobs_run() {
 }
 
 #[test]
+fn answers_that_come_all_at_once_are_written_without_another_wake_up() {
+    let cluster = Cluster::start(&["nexus_hub.batch_size = 3", "nexus_hub.poll_interval = '1h'"]);
+    let gate = Gate::default();
+    let held = gate.clone();
+    let server = FakeServer::start(move |_| {
+        held.pass();
+        Some(Answer::json("{}"))
+    });
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params) SELECT 'http_request', $1 FROM generate_series(1, 200)",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT");
+    wait_until("all run", || count_jobs(&mut client, "running") == 200);
+    gate.open();
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 200);
+}
+
+#[test]
 fn a_row_that_a_session_keeps_locked_does_not_hold_up_the_others() {
     let gate = Gate::default();
     let held = gate.clone();
@@ -235,7 +260,10 @@ fn a_job_that_is_changed_by_hand_while_it_runs_keeps_that_state() {
     let job: Uuid = client.query_one(insert, &[&json!({"url": server.url})]).expect("INSERT").get(0);
     wait_until("it runs", || count_jobs(&mut client, "running") == 1);
     client
-        .execute("UPDATE job_results SET status = 'cancelled', completed_at = now() WHERE status IN ('pending', 'running')", &[])
+        .execute(
+            "UPDATE job_results SET status = 'cancelled', completed_at = now() WHERE status IN ('pending', 'running')",
+            &[],
+        )
         .expect("the operational guide's statement");
     gate.open();
     let after: Uuid = client.query_one(insert, &[&json!({"url": server.url})]).expect("INSERT").get(0);
@@ -298,6 +326,7 @@ fn execute_job_via_pg_net_knows_its_jobs() {
         .get(0);
     client.execute("SELECT execute_job_via_pg_net(job_id => $1)", &[&job]).expect("a known job");
     wait_for_job(&mut client, job).completed();
-    let (code, message) = error_of(&mut client, "SELECT execute_job_via_pg_net('00000000-0000-0000-0000-000000000000')");
+    let (code, message) =
+        error_of(&mut client, "SELECT execute_job_via_pg_net('00000000-0000-0000-0000-000000000000')");
     assert_eq!((code.as_str(), message.as_str()), ("22023", "Job 00000000-0000-0000-0000-000000000000 not found"));
 }

@@ -18,8 +18,13 @@ fn the_reference_servers_tools_take_arguments_and_answer() {
     assert_eq!(echo.completed()["content"][0]["text"], "Echo: grüße");
     let sum = run_job(&mut client, "tool_invoke", "everything", Some("get-sum"), json!({"a": 2, "b": 3}));
     assert_eq!(sum.completed()["content"][0]["text"], "The sum of 2 and 3 is 5.");
-    let structured =
-        run_job(&mut client, "tool_invoke", "everything", Some("get-structured-content"), json!({"location": "New York"}));
+    let structured = run_job(
+        &mut client,
+        "tool_invoke",
+        "everything",
+        Some("get-structured-content"),
+        json!({"location": "New York"}),
+    );
     assert!(structured.completed()["structuredContent"].is_object());
 }
 
@@ -170,4 +175,39 @@ fn a_result_with_a_zero_character_is_stored_with_a_replacement() {
 fn a_server_that_asks_for_input_from_a_person_gets_none_and_the_job_says_so() {
     let (job, _) = call_fixed(r#"{"resultType":"input_required","inputRequests":{}}"#);
     assert!(job.failed().contains("input from a person"));
+}
+
+#[test]
+fn a_session_forgotten_while_a_call_runs_fails_that_call_and_no_other() {
+    let (server, _database, mut client) = own(&["--legacy"]);
+    let job = create_job(&mut client, "tool_invoke", "demo", Some("slow"), json!({"ms": 25000}));
+    wait_until("the call runs", || server.stats()["tool_calls"] == 1);
+    server.forget_sessions();
+    let error = wait_for_job(&mut client, job).failed();
+    assert!(error.starts_with("the connection broke before the answer was complete: the server"), "{error}");
+    adds_up(&mut client, 3);
+}
+
+#[test]
+fn a_stream_that_ends_without_an_answer_fails_the_job_at_once() {
+    let server = FakeServer::start(|request| {
+        let body: serde_json::Value = serde_json::from_str(request.split_once("\r\n\r\n")?.1).ok()?;
+        if body["method"] == "server/discover" {
+            let error = json!({"jsonrpc": "2.0", "id": body["id"], "error": {"code": -32601, "message": "?"}});
+            return Some(Answer::json(&error.to_string()));
+        }
+        if body["method"] == "initialize" {
+            let result = json!({"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}});
+            return Some(Answer::json(&json!({"jsonrpc": "2.0", "id": body["id"], "result": result}).to_string()));
+        }
+        if body["method"] == "tools/call" {
+            return Some(Answer::new("200 OK", "text/event-stream", ": nothing\n\n"));
+        }
+        Some(Answer::new("202 Accepted", "text/plain", ""))
+    });
+    let database = shared().database();
+    let mut client = database.connect();
+    add_server(&mut client, "s", json!({"url": server.url}));
+    let error = run_job(&mut client, "tool_invoke", "s", Some("t"), json!({})).failed();
+    assert!(error.ends_with("the server ended the stream without an answer"), "{error}");
 }

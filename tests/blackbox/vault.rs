@@ -21,8 +21,10 @@ fn webcrypto_opens_what_sql_sealed() {
     let mut client = database.connect();
     for text in TEXTS {
         for context in [None, Some("user:1/openai")] {
-            let sealed: String =
-                client.query_one("SELECT encode(encrypt_token($1, $2), 'hex')", &[&text, &context]).expect("seal").get(0);
+            let sealed: String = client
+                .query_one("SELECT encode(encrypt_token($1, $2), 'hex')", &[&text, &context])
+                .expect("seal")
+                .get(0);
             assert_eq!(webcrypto(&["open", KEY, &sealed, context.unwrap_or_default()]), text.replace('\n', "\\n"));
         }
     }
@@ -43,10 +45,8 @@ fn sql_opens_what_webcrypto_sealed() {
         }
     }
     let sealed = webcrypto(&["seal", KEY, "{\"a\":[1,2.50]}", ""]);
-    let config: String = client
-        .query_one("SELECT decrypt_config(decode($1, 'hex'))::text", &[&sealed])
-        .expect("open")
-        .get(0);
+    let config: String =
+        client.query_one("SELECT decrypt_config(decode($1, 'hex'))::text", &[&sealed]).expect("open").get(0);
     assert_eq!(config, "{\"a\": [1, 2.50]}");
 }
 
@@ -97,8 +97,7 @@ fn the_environments_key_is_used_where_no_file_is_named() {
     let database = cluster.database();
     let mut client = database.connect();
     let sealed = webcrypto(&["seal", KEY, "text", ""]);
-    let opened: String =
-        client.query_one("SELECT decrypt_token(decode($1, 'hex'))", &[&sealed]).expect("open").get(0);
+    let opened: String = client.query_one("SELECT decrypt_token(decode($1, 'hex'))", &[&sealed]).expect("open").get(0);
     assert_eq!(opened, "text");
 }
 
@@ -158,9 +157,6 @@ fn a_servers_config_is_ciphertext_before_the_first_tuple_is_written() {
     client
         .execute("SELECT update_server($1, p_config => '{\"url\": \"http://h/\", \"headers\": {\"X\": \"pl4int3xt-t0ken\"}}')", &[&id])
         .expect("update_server");
-    let found: bool = value(
-        &mut client,
-        "SELECT position('pl4int3xt'::bytea IN get_raw_page('user_servers', 0)) > 0",
-    );
+    let found: bool = value(&mut client, "SELECT position('pl4int3xt'::bytea IN get_raw_page('user_servers', 0)) > 0");
     assert!(!found);
 }

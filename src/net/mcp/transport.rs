@@ -73,6 +73,8 @@ pub struct Transport {
     client: reqwest::Client,
     limits: Arc<Limits>,
     noted: Noted,
+    /// The streams that can be taken up again, by their last event.
+    resumable: Arc<Mutex<HashMap<String, Noted>>>,
 }
 
 type Failed = StreamableHttpError<Failure>;
@@ -82,7 +84,7 @@ type Events = BoxStream<'static, Result<Sse, SseError>>;
 impl Transport {
     /// A transport that notes in `noted` what goes wrong outside of calls: in the handshake.
     pub fn new(client: reqwest::Client, limits: Arc<Limits>, noted: Noted) -> Self {
-        Self { client, limits, noted }
+        Self { client, limits, noted, resumable: Arc::default() }
     }
 
     async fn post(
@@ -121,19 +123,23 @@ impl Transport {
         parse(wrapped.as_deref().unwrap_or(&text)).map(|message| StreamableHttpPostResponse::Json(message, session))
     }
 
-    /// The events of a response, up to the size that a whole answer may have.
+    /// The events of a response, up to the size that a whole answer may have. A stream that ends without an answer
+    /// and can't be taken up again is a failure.
     fn events(&self, response: Response, noted: Noted, has_result: bool) -> Events {
         let limit = self.limits.max_response_bytes();
         let mut size = 0;
+        let note = noted.clone();
         let capped = response.bytes_stream().map_err(Failure::from).map(move |chunk| {
             let chunk = chunk.and_then(|chunk| {
                 size += chunk.len();
                 if size > limit { Err(Failure::TooLarge { limit }) } else { Ok(chunk) }
             });
-            chunk.inspect_err(|failure| noted.set(failure.clone()))
+            chunk.inspect_err(|failure| note.set(failure.clone()))
         });
+        let mut place = Place { resumable: Arc::clone(&self.resumable), last_event: None, answered: false, noted };
         SseStream::from_bytes_stream(capped)
             .map_ok(move |mut event| {
+                place.pass(&event);
                 if has_result && let Some(wrapped) = event.data.as_deref().and_then(wire::wrap) {
                     event.data = Some(wrapped);
                 }
@@ -146,6 +152,49 @@ impl Transport {
     fn place(&self, message: &ClientJsonRpcMessage) -> Noted {
         call_tag(message).map_or_else(|| self.noted.clone(), |tag| tag.noted)
     }
+}
+
+/// Where a stream of events stands; dropped with the stream.
+struct Place {
+    resumable: Arc<Mutex<HashMap<String, Noted>>>,
+    last_event: Option<String>,
+    answered: bool,
+    noted: Noted,
+}
+
+impl Place {
+    fn pass(&mut self, event: &Sse) {
+        self.answered |= event.data.as_deref().is_some_and(is_answer);
+        if let Some(id) = event.id.as_ref().filter(|id| !id.is_empty()) {
+            let mut resumable = self.resumable.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(before) = self.last_event.replace(id.clone()) {
+                resumable.remove(&before);
+            }
+            resumable.insert(id.clone(), self.noted.clone());
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        match &self.last_event {
+            Some(id) if self.answered => {
+                self.resumable.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+            }
+            None if !self.answered => {
+                self.noted.set(Failure::Broken("the server ended the stream without an answer".into()));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether a message is a response: it has an id and no method.
+fn is_answer(message: &str) -> bool {
+    let members: Option<HashMap<String, &serde_json::value::RawValue>> = serde_json::from_str(message).ok();
+    members.is_some_and(|members| {
+        !members.contains_key("method") && (members.contains_key("result") || members.contains_key("error"))
+    })
 }
 
 impl From<Failure> for Failed {
@@ -284,13 +333,21 @@ impl StreamableHttpClient for Transport {
         let Some(last_event_id) = last_event_id else {
             return Err(StreamableHttpError::ServerDoesNotSupportSse);
         };
+        let noted = self.resumable.lock().unwrap_or_else(PoisonError::into_inner).remove(&last_event_id);
+        let noted = noted.unwrap_or_default();
         let request = self.client.get(uri.as_ref()).header(ACCEPT, EVENT_STREAM).header(LAST_EVENT_ID, last_event_id);
-        let response =
-            with_headers(request, session_id.as_deref(), custom_headers).send().await.map_err(Failure::from)?;
-        let status = response.status();
-        if !status.is_success() || !content_type(&response).starts_with(EVENT_STREAM) {
-            return Err(Failure::Broken(format!("the stream could not be taken up again ({status})")).into());
-        }
-        Ok(self.events(response, Noted::default(), true))
+        let response = with_headers(request, session_id.as_deref(), custom_headers).send().await;
+        let failure = match response {
+            Ok(response) if response.status().is_success() && content_type(&response).starts_with(EVENT_STREAM) => {
+                return Ok(self.events(response, noted, true));
+            }
+            Ok(response) => {
+                let status = response.status();
+                Failure::Broken(format!("the server ended the stream and does not take it up again ({status})"))
+            }
+            Err(error) => error.into(),
+        };
+        noted.set(failure.clone());
+        Err(failure.into())
     }
 }

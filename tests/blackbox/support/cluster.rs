@@ -149,7 +149,15 @@ impl Cluster {
     pub fn standby_of(primary: &Cluster) -> Self {
         let dir = fresh_dir("pg");
         run(as_server_user(&primary.bin.join("pg_basebackup"))
-            .args(["--checkpoint=fast", "--no-sync", "--write-recovery-conf", "--username=postgres", "-p", "5432", "-h"])
+            .args([
+                "--checkpoint=fast",
+                "--no-sync",
+                "--write-recovery-conf",
+                "--username=postgres",
+                "-p",
+                "5432",
+                "-h",
+            ])
             .arg(&primary.dir)
             .arg("-D")
             .arg(dir.join("data")));
@@ -202,11 +210,6 @@ impl Cluster {
         self.write_file("vault.key", text, "0600");
     }
 
-    /// A file of the cluster, by its path in there.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
-    }
-
     /// Runs pg_ctl and waits for it.
     pub fn pg_ctl(&self, arguments: &[&str]) {
         run(as_server_user(&self.bin.join("pg_ctl"))
@@ -222,7 +225,8 @@ impl Cluster {
 
     /// What the server has logged.
     pub fn log(&self) -> String {
-        let output = as_server_user(Path::new("cat")).arg(self.dir.join("log")).current_dir("/tmp").output().expect("cat");
+        let output =
+            as_server_user(Path::new("cat")).arg(self.dir.join("log")).current_dir("/tmp").output().expect("cat");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 

@@ -68,9 +68,8 @@ pub fn create_job(client: &mut Client, job_type: &str, server: &str, tool: Optio
 
 /// Waits for a job to finish.
 pub fn wait_for_job(client: &mut Client, job: Uuid) -> Job {
-    let row = client
-        .query_one("SELECT status, result, error FROM wait_for_job($1, 60000)", &[&job])
-        .expect("wait_for_job");
+    let row =
+        client.query_one("SELECT status, result, error FROM wait_for_job($1, 60000)", &[&job]).expect("wait_for_job");
     let job = Job { status: row.get(0), result: row.get(1), error: row.get(2) };
     assert!(!matches!(job.status.as_str(), "pending" | "running"), "never finished: {job:?}");
     job

@@ -1,0 +1,173 @@
+-- Who may do what at all. Which rows, is in rls.sql.
+BEGIN;
+SET LOCAL search_path = :"schema", pgtap, public;
+SELECT no_plan();
+
+-- Roles that look around must reach pgTAP, and anon the install schema: it is the grants inside that are tested.
+DO $$
+BEGIN
+    IF to_regnamespace('pgtap') IS NOT NULL THEN
+        GRANT USAGE ON SCHEMA pgtap TO PUBLIC;
+    END IF;
+END
+$$;
+GRANT USAGE ON SCHEMA :"schema" TO anon;
+
+CREATE FUNCTION pg_temp.as_role(role text) RETURNS void LANGUAGE sql
+AS $$ SELECT set_config('request.jwt.claims', '{"sub": "aaaaaaaa-0000-4000-8000-000000000001"}', true), set_config('role', role, true) $$;
+
+CREATE TEMP VIEW extension_function AS
+    SELECT p.oid, n.nspname, p.proname, p.prorettype = 'trigger'::regtype AS is_trigger,
+           format('SELECT %I.%I(%s)', n.nspname, p.proname,
+                  (SELECT string_agg(format('NULL::%s', format_type(t, NULL)), ', ') FROM unnest(p.proargtypes) AS t)) AS call
+      FROM pg_extension e
+      JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+      JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+      JOIN pg_namespace n ON n.oid = p.pronamespace
+     WHERE e.extname = 'nexus_hub';
+CREATE TEMP VIEW extension_table AS
+    SELECT c.oid, n.nspname, c.relname, format('%I.%I', n.nspname, c.relname) AS name
+      FROM pg_extension e
+      JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+      JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE e.extname = 'nexus_hub';
+-- Every right that somebody other than the owner has.
+CREATE TEMP VIEW granted AS
+    SELECT object, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS grantee, a.privilege_type, a.is_grantable
+      FROM (SELECT p.oid::regprocedure::text, coalesce(p.proacl, acldefault('f', p.proowner)), p.proowner
+              FROM pg_proc p JOIN extension_function f ON f.oid = p.oid
+            UNION ALL
+            SELECT t.name, coalesce(c.relacl, acldefault('r', c.relowner)), c.relowner
+              FROM pg_class c JOIN extension_table t ON t.oid = c.oid
+            UNION ALL
+            SELECT t.name || '.' || att.attname, att.attacl, c.relowner
+              FROM pg_class c JOIN extension_table t ON t.oid = c.oid JOIN pg_attribute att ON att.attrelid = c.oid
+            UNION ALL
+            SELECT 'schema ' || n.nspname, coalesce(n.nspacl, acldefault('n', n.nspowner)), n.nspowner
+              FROM pg_namespace n WHERE n.nspname = '_nexus_hub') AS o (object, acl, owner)
+     CROSS JOIN LATERAL aclexplode(o.acl) AS a
+     WHERE a.grantee <> o.owner;
+GRANT SELECT ON extension_function, extension_table TO PUBLIC;
+
+-- ── _nexus_hub and PUBLIC ──
+
+SELECT is_empty(
+    $$SELECT rolname, privilege
+        FROM (SELECT rolname::text FROM pg_roles WHERE NOT rolsuper AND rolname NOT LIKE 'pg\_%' UNION ALL SELECT 'public') AS r,
+             unnest(ARRAY['USAGE', 'CREATE']) AS privilege
+       WHERE has_schema_privilege(rolname, '_nexus_hub', privilege)$$,
+    'nobody but the owner has USAGE or CREATE on _nexus_hub');
+-- Trigger functions need no exception: EXECUTE is asked for when a trigger is made, not when it fires.
+SELECT set_eq(
+    $$SELECT object, privilege_type FROM granted WHERE grantee = 'PUBLIC'$$,
+    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE')$$,
+    'PUBLIC may execute nexus_hub_uid() and _nexus_hub.uuid_v7(), and nothing else');
+SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
+
+-- ── anon ──
+
+SELECT is_empty($$SELECT * FROM granted WHERE grantee = 'anon'$$, 'anon has been granted nothing');
+SELECT pg_temp.as_role('anon');
+SELECT throws_ok(call, '42501', NULL, format('anon can not call %s.%s', CASE nspname WHEN '_nexus_hub' THEN nspname ELSE 'public' END, proname))
+  FROM extension_function WHERE proname <> 'nexus_hub_uid' ORDER BY nspname, proname;
+SELECT throws_ok(format(statement, name), '42501', NULL, format('anon can not %s %s', split_part(statement, ' ', 1), relname))
+  FROM extension_table,
+       unnest(ARRAY['SELECT FROM %s', 'INSERT INTO %s DEFAULT VALUES', 'UPDATE %s SET id = id', 'DELETE FROM %s', 'TRUNCATE %s']) AS statement
+ ORDER BY relname, statement;
+SELECT lives_ok(format('SELECT %I.nexus_hub_uid()', :'schema'), 'anon can call nexus_hub_uid');
+RESET ROLE;
+
+-- ── authenticated ──
+
+SELECT set_eq(
+    format($$SELECT t.relname::text, privilege, string_agg(a.attname, ' ' ORDER BY a.attname::text COLLATE "C")
+        FROM extension_table t JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped,
+             unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS privilege
+       WHERE t.nspname = %L AND t.relname IN ('user_servers', 'system_servers', 'job_results')
+         AND has_column_privilege('authenticated', t.oid, a.attnum, privilege)
+         AND (t.relname, privilege) <> ('job_results', 'SELECT')
+       GROUP BY 1, 2$$, :'schema'),
+    $$VALUES
+    ('user_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute server_id transport updated_at user_id'),
+    ('user_servers', 'INSERT', 'config_encrypted enabled name server_id transport user_id'),
+    ('user_servers', 'UPDATE', 'config_encrypted enabled name updated_at'),
+    ('system_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute ref_id'),
+    ('job_results', 'INSERT', 'job_type params server_id status tool_name user_id')$$,
+    'authenticated reads no config, and writes no column that is not a user''s to write');
+SELECT is_empty(
+    $$SELECT name, privilege FROM extension_table, unnest(ARRAY['TRUNCATE', 'REFERENCES', 'TRIGGER', 'DELETE']) AS privilege
+       WHERE has_table_privilege('authenticated', oid, privilege) AND (relname, privilege) <> ('user_servers', 'DELETE')$$,
+    'authenticated deletes from user_servers alone, and truncates nothing');
+
+SELECT pg_temp.as_role('authenticated');
+SELECT throws_ok(call, '42501', NULL, format('authenticated can not call %s', proname))
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_' AND nspname <> '_nexus_hub' ORDER BY proname;
+SELECT throws_ok(call, '42501', NULL, format('authenticated can not call _nexus_hub.%s', proname))
+  FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
+SELECT throws_ok(statement, '42501', NULL, format('authenticated can not: %s', statement))
+  FROM unnest(ARRAY[
+    'SELECT config_encrypted FROM user_servers',
+    'SELECT * FROM user_servers',
+    'SELECT id FROM user_servers WHERE config_encrypted IS NOT NULL',
+    'UPDATE user_servers SET name = name RETURNING config_encrypted',
+    'UPDATE user_servers SET user_id = user_id',
+    'SELECT config FROM system_servers',
+    'SELECT * FROM system_servers',
+    'INSERT INTO system_servers (id, name, config) VALUES (''s'', ''s'', ''{}'')',
+    'UPDATE system_servers SET enabled = true',
+    'DELETE FROM system_servers',
+    'UPDATE job_results SET status = ''completed''',
+    'UPDATE job_results SET result = ''{}''',
+    'DELETE FROM job_results',
+    'TRUNCATE job_results',
+    'SHOW nexus_hub.vault_key_file']) AS statement;
+SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
+                         VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
+                 '42501', NULL, format('authenticated can not insert a job''s %s', forbidden))
+  FROM unnest(ARRAY['id', 'result', 'error', 'created_at', 'started_at', 'completed_at', 'lease']) AS forbidden;
+RESET ROLE;
+
+-- ── service_role ──
+
+SELECT is_empty(
+    $$SELECT call FROM extension_function WHERE nspname <> '_nexus_hub' AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
+    'service_role may execute every public function');
+SELECT is_empty(
+    $$SELECT name, privilege FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+       WHERE nspname <> '_nexus_hub' AND NOT has_table_privilege('service_role', oid, privilege)$$,
+    'service_role may read and write every public table');
+
+SELECT pg_temp.as_role('service_role');
+SELECT is(decrypt_token(encrypt_token('t', 'c'), 'c'), 't', 'service_role seals and opens tokens');
+SELECT is(decrypt_config(encrypt_config('{"a": 1}')), '{"a": 1}', 'service_role seals and opens configs');
+SELECT isnt(add_server('s', 'S', '{"url": "https://host/mcp"}', 'aaaaaaaa-0000-4000-8000-000000000001'), NULL,
+            'service_role adds a server for a user');
+SELECT is((SELECT decrypt_config(config_encrypted) ->> 'url' FROM user_servers WHERE server_id = 's'), 'https://host/mcp',
+          'service_role reads a user''s config');
+SELECT isnt(create_job(NULL, 'http_request', NULL, NULL, '{"url": "https://host/"}'), NULL, 'service_role creates an http_request job');
+SELECT lives_ok($$INSERT INTO system_servers (id, name, config) VALUES ('s', 'S', '{"url": "https://host/mcp"}')$$,
+                'service_role adds a system server');
+SELECT throws_ok('SHOW nexus_hub.vault_key_file', '42501', NULL, 'service_role can not see where the vault key is');
+SELECT throws_ok(call, '42501', NULL, format('service_role can not call _nexus_hub.%s', proname))
+  FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
+RESET ROLE;
+
+-- ── Default privileges, as Supabase sets them ──
+
+CREATE TEMP TABLE granted_before AS SELECT * FROM granted WHERE object NOT LIKE 'schema %';
+-- In both scopes, because an install schema's and the database's own defaults add up.
+ALTER DEFAULT PRIVILEGES IN SCHEMA :"schema" GRANT ALL ON TABLES TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES IN SCHEMA :"schema" GRANT ALL ON FUNCTIONS TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO PUBLIC, anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO PUBLIC, anon, authenticated, service_role;
+DROP EXTENSION nexus_hub;
+CREATE EXTENSION nexus_hub SCHEMA :"schema";
+SELECT set_eq($$SELECT * FROM granted WHERE object NOT LIKE 'schema %'$$, 'SELECT * FROM granted_before',
+              'default privileges for tables and functions open nothing');
+SELECT is_empty($$SELECT * FROM granted WHERE object LIKE 'schema %'$$,
+                'default privileges for schemas do not open _nexus_hub');
+
+SELECT * FROM finish();
+ROLLBACK;

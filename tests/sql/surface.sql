@@ -1,0 +1,140 @@
+-- What there is: the public functions and tables as the contract names them, and rules that every object keeps.
+BEGIN;
+SET LOCAL search_path = :"schema", pgtap, public;
+SELECT no_plan();
+
+CREATE TEMP VIEW extension_function AS
+    SELECT p.oid, n.nspname, p.proname, p.proacl, p.proowner, p.prosecdef, p.proconfig, p.provolatile,
+           l.lanname, p.oid::regprocedure::text AS signature
+      FROM pg_extension e
+      JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+      JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+      JOIN pg_namespace n ON n.oid = p.pronamespace
+      JOIN pg_language l ON l.oid = p.prolang
+     WHERE e.extname = 'nexus_hub';
+CREATE TEMP VIEW extension_table AS
+    SELECT c.oid, n.nspname, c.relname, c.relrowsecurity, c.relkind
+      FROM pg_extension e
+      JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+      JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE e.extname = 'nexus_hub';
+
+-- ── The API ──
+
+SELECT is((SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'nexus_hub'),
+          :'schema'::name, 'the extension is in the schema it was installed into');
+
+SELECT set_eq(
+    format('SELECT proname::text, pg_get_function_arguments(oid), pg_get_function_result(oid)
+              FROM extension_function WHERE nspname = %L', :'schema'),
+    $$VALUES
+    ('nexus_hub_uid', '', 'uuid'),
+    ('encrypt_token', 'token text, context text DEFAULT NULL::text', 'bytea'),
+    ('decrypt_token', 'encrypted bytea, context text DEFAULT NULL::text', 'text'),
+    ('encrypt_config', 'config jsonb, context text DEFAULT NULL::text', 'bytea'),
+    ('decrypt_config', 'encrypted bytea, context text DEFAULT NULL::text', 'jsonb'),
+    ('add_server', 'p_server_id text, p_name text, p_config jsonb, p_user_id uuid DEFAULT NULL::uuid', 'uuid'),
+    ('update_server', 'p_id uuid, p_name text DEFAULT NULL::text, p_config jsonb DEFAULT NULL::jsonb, p_enabled boolean DEFAULT NULL::boolean', 'boolean'),
+    ('delete_server', 'p_id uuid', 'boolean'),
+    ('list_servers', '', 'TABLE(id uuid, kind text, user_id uuid, server_id text, name text, transport text, enabled boolean, rate_limit_per_minute integer, created_at timestamp with time zone, updated_at timestamp with time zone)'),
+    ('create_job', 'p_user_id uuid, p_job_type text, p_server_id text, p_tool_name text DEFAULT NULL::text, p_params jsonb DEFAULT ''{}''::jsonb', 'uuid'),
+    ('get_job_status', 'p_job_id uuid', 'TABLE(id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text, created_at timestamp with time zone, started_at timestamp with time zone, completed_at timestamp with time zone)'),
+    ('wait_for_job', 'p_job_id uuid, p_timeout_ms integer DEFAULT 30000', 'TABLE(id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text, created_at timestamp with time zone, started_at timestamp with time zone, completed_at timestamp with time zone)'),
+    ('cancel_job', 'p_job_id uuid', 'boolean'),
+    ('execute_job_via_pg_net', 'job_id uuid', 'void')$$,
+    'the public functions are those of the contract, with its argument names, defaults and results');
+
+SELECT set_has(
+    format('SELECT t.relname::text, a.attname::text, format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid)
+              FROM extension_table t
+              JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped
+              LEFT JOIN pg_attrdef d ON d.adrelid = t.oid AND d.adnum = a.attnum
+             WHERE t.nspname = %L', :'schema'),
+    $$VALUES
+    ('system_servers', 'id', 'text', NULL),
+    ('system_servers', 'ref_id', 'uuid', 'gen_random_uuid()'),
+    ('system_servers', 'name', 'text', NULL),
+    ('system_servers', 'config', 'jsonb', NULL),
+    ('system_servers', 'enabled', 'boolean', 'true'),
+    ('system_servers', 'rate_limit_per_minute', 'integer', '60'),
+    ('system_servers', 'created_at', 'timestamp with time zone', 'now()'),
+    ('user_servers', 'id', 'uuid', 'gen_random_uuid()'),
+    ('user_servers', 'user_id', 'uuid', NULL),
+    ('user_servers', 'server_id', 'text', NULL),
+    ('user_servers', 'name', 'text', NULL),
+    ('user_servers', 'transport', 'text', '''http''::text'),
+    ('user_servers', 'config_encrypted', 'bytea', NULL),
+    ('user_servers', 'enabled', 'boolean', 'true'),
+    ('user_servers', 'rate_limit_per_minute', 'integer', NULL),
+    ('user_servers', 'created_at', 'timestamp with time zone', 'now()'),
+    ('user_servers', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('job_results', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('job_results', 'user_id', 'uuid', NULL),
+    ('job_results', 'job_type', 'text', NULL),
+    ('job_results', 'server_id', 'text', NULL),
+    ('job_results', 'tool_name', 'text', NULL),
+    ('job_results', 'params', 'jsonb', '''{}''::jsonb'),
+    ('job_results', 'status', 'text', '''pending''::text'),
+    ('job_results', 'result', 'jsonb', NULL),
+    ('job_results', 'error', 'text', NULL),
+    ('job_results', 'created_at', 'timestamp with time zone', 'now()'),
+    ('job_results', 'started_at', 'timestamp with time zone', NULL),
+    ('job_results', 'completed_at', 'timestamp with time zone', NULL)$$,
+    'the tables have the columns of the contract, with its types and defaults');
+
+SELECT col_is_pk(:'schema', 'system_servers', 'id', 'system_servers is keyed by id');
+SELECT col_is_unique(:'schema', 'system_servers', 'ref_id', 'system_servers.ref_id is unique');
+SELECT col_is_pk(:'schema', 'user_servers', 'id', 'user_servers is keyed by id');
+SELECT col_is_unique(:'schema', 'user_servers', ARRAY['user_id', 'server_id'], 'a user has a server_id once');
+SELECT col_is_pk(:'schema', 'job_results', 'id', 'job_results is keyed by id');
+
+SELECT set_eq(
+    format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
+    $$VALUES
+    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'),
+    ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
+    ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v')$$,
+    'functions that only read are STABLE; those that write, wait or draw a random IV are VOLATILE');
+
+-- ── Rules for every object, future ones included ──
+
+SELECT is(obj_description('_nexus_hub'::regnamespace, 'pg_namespace') IS NOT NULL, true, 'the schema _nexus_hub has a COMMENT');
+SELECT is_empty($$SELECT signature FROM extension_function WHERE obj_description(oid, 'pg_proc') IS NULL$$,
+    'every function has a COMMENT');
+SELECT is_empty($$SELECT nspname, relname FROM extension_table WHERE obj_description(oid, 'pg_class') IS NULL$$,
+    'every table and view has a COMMENT');
+SELECT is_empty(
+    $$SELECT t.relname, a.attname FROM extension_table t
+        JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped
+       WHERE col_description(t.oid, a.attnum) IS NULL$$,
+    'every column has a COMMENT');
+
+SELECT is_empty(
+    $$SELECT signature FROM extension_function
+       WHERE prosecdef AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)$$,
+    'every SECURITY DEFINER function has the search_path pg_catalog, pg_temp');
+SELECT is_empty(
+    $$SELECT signature FROM extension_function, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
+       WHERE prosecdef AND a.grantee = 0$$,
+    'no SECURITY DEFINER function can be executed by PUBLIC');
+SELECT is_empty(
+    $$SELECT signature FROM extension_function
+       WHERE lanname <> 'c' AND NOT EXISTS (SELECT FROM unnest(proconfig) AS setting WHERE setting LIKE 'search\_path=%')$$,
+    'every function that is not in C has its own search_path');
+
+SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p') AND nspname <> '_nexus_hub' AND NOT relrowsecurity$$,
+    'every public table has row-level security');
+SELECT is_empty(
+    $$SELECT t.relname FROM extension_table t
+       WHERE t.relkind = 'r' AND t.nspname <> '_nexus_hub'
+         AND NOT EXISTS (SELECT FROM pg_extension e WHERE e.extname = 'nexus_hub' AND t.oid = ANY (e.extconfig))$$,
+    'the rows of every public table are dumped');
+SELECT is_empty(
+    $$SELECT p.tablename, p.policyname FROM pg_policies p JOIN extension_table t ON (t.nspname, t.relname) = (p.schemaname, p.tablename),
+             concat_ws(' ', p.qual, p.with_check) AS expression
+       WHERE replace(expression, '( SELECT nexus_hub_uid() AS nexus_hub_uid)', '') LIKE '%nexus\_hub\_uid%'$$,
+    'policies ask for the caller''s id once a statement: (SELECT nexus_hub_uid())');
+
+SELECT * FROM finish();
+ROLLBACK;
