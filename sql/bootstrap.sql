@@ -1,5 +1,9 @@
 -- Runs first: what must hold before anything is created, and the schema of the internals.
 
+-- Nothing below may be found in the schema that is installed into: others may have put functions and operators there,
+-- and this script runs as a superuser. Every name of ours is written with its schema.
+SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+
 DO $$
 BEGIN
     IF pg_catalog.getdatabaseencoding() <> 'UTF8' THEN

@@ -60,7 +60,7 @@ COMMENT ON COLUMN @extschema@.job_results.error IS 'Why the job failed, for peop
 COMMENT ON COLUMN @extschema@.job_results.created_at IS 'When the job was made; jobs start in this order.';
 COMMENT ON COLUMN @extschema@.job_results.started_at IS 'When a worker took the job (the last time).';
 COMMENT ON COLUMN @extschema@.job_results.completed_at IS 'When the job was completed, failed or cancelled; set in these states and in no other.';
-COMMENT ON COLUMN @extschema@.job_results.lease IS 'The fencing token of the worker that runs the job; only its holder may complete it.';
+COMMENT ON COLUMN @extschema@.job_results.lease IS 'The fencing token of the claim that runs the job: only an outcome of that very claim is written.';
 
 CREATE INDEX job_results_pending ON @extschema@.job_results (created_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';
@@ -239,6 +239,32 @@ COMMENT ON FUNCTION @extschema@.execute_job_via_pg_net(uuid) IS
 
 -- ── What only the worker calls ──
 
+-- The worker is a superuser, so it must reach these tables and no others, whoever renames schemas: a view is bound to
+-- its table for good, while a name in plpgsql is looked up anew.
+CREATE VIEW _nexus_hub.job_results AS SELECT * FROM @extschema@.job_results;
+CREATE VIEW _nexus_hub.user_servers AS SELECT * FROM @extschema@.user_servers;
+CREATE VIEW _nexus_hub.system_servers AS SELECT * FROM @extschema@.system_servers;
+COMMENT ON VIEW _nexus_hub.job_results IS 'The table of that name, for the worker.';
+COMMENT ON VIEW _nexus_hub.user_servers IS 'The table of that name, for the worker.';
+COMMENT ON VIEW _nexus_hub.system_servers IS 'The table of that name, for the worker.';
+
+DO $$
+DECLARE
+    mirrored record;
+BEGIN
+    FOR mirrored IN
+        SELECT v.oid::regclass AS view, a.attname, col_description(d.refobjid, a.attnum) AS comment
+          FROM pg_class v
+          JOIN pg_rewrite r ON r.ev_class = v.oid
+          JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+          JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+         WHERE v.relnamespace = '_nexus_hub'::regnamespace AND v.relkind = 'v' AND d.refobjsubid > 0
+    LOOP
+        EXECUTE format('COMMENT ON COLUMN %s.%I IS %L', mirrored.view, mirrored.attname, mirrored.comment);
+    END LOOP;
+END
+$$;
+
 CREATE FUNCTION _nexus_hub.claim_jobs(p_lease uuid, p_limit integer)
 RETURNS TABLE (id uuid, job_type text, server_id text, tool_name text, params text,
                user_config bytea, user_enabled boolean, system_config text, system_enabled boolean)
@@ -249,10 +275,10 @@ AS $$
 BEGIN
     RETURN QUERY
     WITH claimed AS (
-        UPDATE @extschema@.job_results j
+        UPDATE _nexus_hub.job_results j
            SET status = 'running', started_at = clock_timestamp(), lease = p_lease
          WHERE j.id = ANY (ARRAY(
-                   SELECT p.id FROM @extschema@.job_results p
+                   SELECT p.id FROM _nexus_hub.job_results p
                     WHERE p.status = 'pending'
                     ORDER BY p.created_at, p.id
                     LIMIT p_limit
@@ -262,14 +288,14 @@ BEGIN
     SELECT c.id, c.job_type, c.server_id, c.tool_name, c.params::text,
            u.config_encrypted, u.enabled, s.config::text, s.enabled
       FROM claimed c
-      LEFT JOIN @extschema@.user_servers u ON u.user_id = c.user_id AND u.server_id = c.server_id AND c.job_type <> 'http_request'
-      LEFT JOIN @extschema@.system_servers s ON s.id = c.server_id AND c.job_type <> 'http_request';
+      LEFT JOIN _nexus_hub.user_servers u ON u.user_id = c.user_id AND u.server_id = c.server_id AND c.job_type <> 'http_request'
+      LEFT JOIN _nexus_hub.system_servers s ON s.id = c.server_id AND c.job_type <> 'http_request';
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, integer) IS
-    'Takes up to p_limit pending jobs, oldest first, for the worker with lease p_lease, together with their server''s config.';
+    'Takes up to p_limit pending jobs, oldest first, under the lease p_lease, together with their server''s config.';
 
-CREATE FUNCTION _nexus_hub.complete_jobs(p_lease uuid, p_ids uuid[], p_statuses text[], p_results text[], p_errors text[])
+CREATE FUNCTION _nexus_hub.complete_jobs(p_ids uuid[], p_leases uuid[], p_statuses text[], p_results text[], p_errors text[])
 RETURNS SETOF uuid
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -279,42 +305,42 @@ BEGIN
         -- SKIP LOCKED: a row that a session keeps locked must not hold up the others.
         RETURN QUERY
         WITH outcome AS (
-            SELECT * FROM unnest(p_ids, p_statuses, p_results, p_errors) AS o (id, status, result, error)
+            SELECT * FROM unnest(p_ids, p_leases, p_statuses, p_results, p_errors) AS o (id, lease, status, result, error)
         ), held AS (
-            SELECT j.id FROM @extschema@.job_results j
-             WHERE j.id = ANY (p_ids) AND j.status = 'running' AND j.lease = p_lease
+            SELECT j.id, j.lease FROM _nexus_hub.job_results j
+             WHERE j.id = ANY (p_ids) AND j.status = 'running' AND j.lease = ANY (p_leases)
                FOR NO KEY UPDATE SKIP LOCKED
         ), written AS (
-            UPDATE @extschema@.job_results j
+            UPDATE _nexus_hub.job_results j
                SET status = o.status, result = o.result::jsonb, error = o.error, completed_at = clock_timestamp(), lease = NULL
-              FROM outcome o JOIN held h ON h.id = o.id
+              FROM outcome o JOIN held h ON h.id = o.id AND h.lease = o.lease
              WHERE j.id = o.id
             RETURNING j.id
         )
-        SELECT j.id FROM @extschema@.job_results j
-         WHERE j.id = ANY (p_ids) AND j.status = 'running' AND j.lease = p_lease
-           AND NOT EXISTS (SELECT FROM written w WHERE w.id = j.id);
+        SELECT o.id
+          FROM outcome o JOIN _nexus_hub.job_results j ON j.id = o.id AND j.status = 'running' AND j.lease = o.lease
+         WHERE NOT EXISTS (SELECT FROM written w WHERE w.id = j.id);
         RETURN;
     EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
         -- One answer that jsonb can't hold must not take the others with it: one by one.
         NULL;
     END;
     FOR i IN 1 .. cardinality(p_ids) LOOP
-        PERFORM FROM @extschema@.job_results j
-          WHERE j.id = p_ids[i] AND j.status = 'running' AND j.lease = p_lease
+        PERFORM FROM _nexus_hub.job_results j
+          WHERE j.id = p_ids[i] AND j.status = 'running' AND j.lease = p_leases[i]
             FOR NO KEY UPDATE SKIP LOCKED;
         IF NOT FOUND THEN
-            RETURN QUERY SELECT j.id FROM @extschema@.job_results j
-              WHERE j.id = p_ids[i] AND j.status = 'running' AND j.lease = p_lease;
+            RETURN QUERY SELECT j.id FROM _nexus_hub.job_results j
+              WHERE j.id = p_ids[i] AND j.status = 'running' AND j.lease = p_leases[i];
             CONTINUE;
         END IF;
         BEGIN
-            UPDATE @extschema@.job_results j
+            UPDATE _nexus_hub.job_results j
                SET status = p_statuses[i], result = p_results[i]::jsonb, error = p_errors[i],
                    completed_at = clock_timestamp(), lease = NULL
              WHERE j.id = p_ids[i];
         EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
-            UPDATE @extschema@.job_results j
+            UPDATE _nexus_hub.job_results j
                SET status = 'failed', error = 'the answer can not be stored as jsonb: ' || SQLERRM,
                    completed_at = clock_timestamp(), lease = NULL
              WHERE j.id = p_ids[i];
@@ -322,22 +348,25 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.complete_jobs(uuid, uuid[], text[], text[], text[]) IS
-    'Writes the outcomes of jobs that the worker with lease p_lease still holds, and returns those whose rows are locked, to be written later. Others (cancelled meanwhile, say) stay as they are.';
+COMMENT ON FUNCTION _nexus_hub.complete_jobs(uuid[], uuid[], text[], text[], text[]) IS
+    'Writes the outcomes of jobs that are still running under the lease they were claimed with, and returns those whose rows are locked, to be written later. Others (cancelled meanwhile, say) stay as they are.';
 
-CREATE FUNCTION _nexus_hub.release_jobs(p_lease uuid) RETURNS integer
+CREATE FUNCTION _nexus_hub.release_jobs(p_leases uuid[]) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     released integer;
 BEGIN
-    UPDATE @extschema@.job_results
+    UPDATE _nexus_hub.job_results
        SET status = 'pending', started_at = NULL, lease = NULL
-     WHERE status = 'running' AND lease IS NOT NULL AND lease <> p_lease;
+     WHERE id = ANY (ARRAY(
+               SELECT j.id FROM _nexus_hub.job_results j
+                WHERE j.status = 'running' AND j.lease IS NOT NULL AND j.lease <> ALL (p_leases)
+                  FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS released = ROW_COUNT;
     RETURN released;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.release_jobs(uuid) IS
-    'Gives jobs back that are held under another lease than p_lease: a database has one worker, so theirs is gone.';
+COMMENT ON FUNCTION _nexus_hub.release_jobs(uuid[]) IS
+    'Gives back the jobs held under other leases than these, which are the ones of the database''s only worker.';

@@ -3,6 +3,7 @@
 pub mod queue;
 
 use crate::domain::job::{self, JobType};
+use crate::net::endpoint;
 use crate::net::http::HttpCall;
 use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
 use crate::pg::{bgworker, shmem, snapshot, xact};
@@ -28,16 +29,15 @@ fn check_job(
     tool_name: Option<&str>,
     params: Option<&str>,
 ) -> Result<(), ErrorReport> {
-    let params: serde_json::Value = serde_json::from_str(params.unwrap_or("{}")).map_err(|_| {
-        error(Kind::BadArgument, "p_params can not be read")
-            .set_detail("It is nested too deeply, or holds a number that is too large.")
-            .set_hint("Pass such a value as a text.")
-    })?;
-    let has_param = |key: &str| params.get(key).is_some_and(serde_json::Value::is_string);
-    let kind = job::check(job_type, server_id, tool_name, params.is_object(), has_param)
+    let text = params.unwrap_or("{}");
+    let members = endpoint::members(text, &[]).map(|(_, raw)| raw);
+    let has_param = |key: &str| {
+        members.as_ref().is_ok_and(|members| members.get(key).is_some_and(|value| value.get().starts_with('"')))
+    };
+    let kind = job::check(job_type, server_id, tool_name, members.is_ok(), has_param)
         .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))?;
-    if let (JobType::HttpRequest, Some(params)) = (kind, params.as_object()) {
-        HttpCall::parse(params)
+    if kind == JobType::HttpRequest {
+        HttpCall::parse(text)
             .map_err(|problem| error(Kind::BadArgument, format!("bad request in p_params: {problem}")))?;
     }
     Ok(())
@@ -63,13 +63,14 @@ fn extension_created() {
     }
 }
 
-/// Wakes the worker after a statement that changed jobs. The worker's own statements need no waking.
+/// Wakes the worker after a statement that changed jobs. Its own updates need no waking; jobs that a trigger adds do.
 #[pg_trigger(sql = false)]
 fn wake_on_change<'a>(
-    _trigger: &'a pgrx::PgTrigger<'a>,
+    trigger: &'a pgrx::PgTrigger<'a>,
 ) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, ErrorReport> {
     if shmem::preloaded() {
-        if !bgworker::is_own_worker() {
+        let is_insert = matches!(trigger.op(), Ok(PgTriggerOperation::Insert));
+        if is_insert || !bgworker::is_own_worker() {
             xact::wake_worker_at_commit();
         }
     } else {

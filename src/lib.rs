@@ -16,12 +16,9 @@ use pgrx::prelude::*;
 
 pgrx::pg_module_magic!();
 
+// All SQL is written by hand: pgrx would create its functions in whatever schema comes first in the search path.
 extension_sql_file!("../sql/bootstrap.sql", name = "bootstrap", bootstrap);
-extension_sql_file!(
-    "../sql/vault.sql",
-    name = "vault",
-    requires = ["bootstrap", vault::encrypt_token, vault::decrypt_token]
-);
+extension_sql_file!("../sql/vault.sql", name = "vault", requires = ["bootstrap"]);
 extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]);
 extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);

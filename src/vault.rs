@@ -10,17 +10,14 @@ use pgrx::prelude::*;
 use zeroize::Zeroizing;
 
 /// Encrypts a text; see the function's COMMENT.
-#[pg_extern(volatile, parallel_safe)]
-fn encrypt_token(token: Option<&str>, context: default!(Option<&str>, "NULL")) -> Result<Option<Vec<u8>>, ErrorReport> {
+#[pg_extern(sql = false)]
+fn encrypt_token(token: Option<&str>, context: Option<&str>) -> Result<Option<Vec<u8>>, ErrorReport> {
     token.map(|token| seal(token, context)).transpose()
 }
 
 /// Decrypts a text; see the function's COMMENT.
-#[pg_extern(stable, parallel_safe)]
-fn decrypt_token(
-    encrypted: Option<&[u8]>,
-    context: default!(Option<&str>, "NULL"),
-) -> Result<Option<String>, ErrorReport> {
+#[pg_extern(sql = false)]
+fn decrypt_token(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<String>, ErrorReport> {
     encrypted.map(|encrypted| open(encrypted, context).map(|text| text.to_string())).transpose()
 }
 

@@ -10,6 +10,7 @@ use uuid::Uuid;
 #[derive(Clone, Debug)]
 pub struct ClaimedJob {
     pub id: Uuid,
+    pub lease: Uuid,
     pub job_type: String,
     pub server_id: Option<String>,
     pub tool_name: Option<String>,
@@ -17,9 +18,8 @@ pub struct ClaimedJob {
     pub server: ServerRow,
 }
 
-/// The job table, as the holder of one lease works with it. Statements are planned once and kept.
+/// The job table, as the worker works with it. Statements are planned once and kept.
 pub struct Queue {
-    lease: Uuid,
     claim: OwnedPreparedStatement,
     complete: OwnedPreparedStatement,
     release: OwnedPreparedStatement,
@@ -34,15 +34,14 @@ fn id(datum: pgrx::Uuid) -> Uuid {
 }
 
 impl Queue {
-    /// Prepares to work under a lease, a fencing token that nobody else has.
-    pub fn open(lease: Uuid) -> Result<Self, SpiError> {
+    /// Prepares the statements.
+    pub fn open() -> Result<Self, SpiError> {
         Spi::connect_mut(|client| {
             let uuid = PgOid::BuiltIn(PgBuiltInOids::UUIDOID);
             let uuids = PgOid::BuiltIn(PgBuiltInOids::UUIDARRAYOID);
             let texts = PgOid::BuiltIn(PgBuiltInOids::TEXTARRAYOID);
             let number = PgOid::BuiltIn(PgBuiltInOids::INT4OID);
             Ok(Self {
-                lease,
                 claim: client
                     .prepare_mut(
                         "SELECT id, job_type, server_id, tool_name, params, user_config, user_enabled, system_config, system_enabled
@@ -53,24 +52,25 @@ impl Queue {
                 complete: client
                     .prepare_mut(
                         "SELECT later FROM _nexus_hub.complete_jobs($1, $2, $3, $4, $5) AS later",
-                        &[uuid, uuids, texts, texts, texts],
+                        &[uuids, uuids, texts, texts, texts],
                     )?
                     .keep(),
-                release: client.prepare_mut("SELECT _nexus_hub.release_jobs($1)", &[uuid])?.keep(),
+                release: client.prepare_mut("SELECT _nexus_hub.release_jobs($1)", &[uuids])?.keep(),
             })
         })
     }
 
-    /// Takes up to `limit` pending jobs, oldest first.
-    pub fn claim(&self, limit: usize) -> Result<Vec<ClaimedJob>, SpiError> {
+    /// Takes up to `limit` pending jobs, oldest first, under a lease: a fencing token that is used once.
+    pub fn claim(&self, lease: Uuid, limit: usize) -> Result<Vec<ClaimedJob>, SpiError> {
         Spi::connect_mut(|client: &mut SpiClient<'_>| {
             let limit = i32::try_from(limit).unwrap_or(i32::MAX);
-            let rows = client.update(&self.claim, None, &[datum(self.lease).into(), limit.into()])?;
+            let rows = client.update(&self.claim, None, &[datum(lease).into(), limit.into()])?;
             let mut jobs = Vec::with_capacity(rows.len());
             for row in rows {
                 let Some(job) = row.get::<pgrx::Uuid>(1)? else { continue };
                 jobs.push(ClaimedJob {
                     id: id(job),
+                    lease,
                     job_type: row.get(2)?.unwrap_or_default(),
                     server_id: row.get(3)?,
                     tool_name: row.get(4)?,
@@ -87,10 +87,11 @@ impl Queue {
         })
     }
 
-    /// Writes outcomes of jobs that are still held, and returns the jobs whose rows somebody else keeps locked: theirs
-    /// must be written later.
-    pub fn complete(&self, outcomes: &[Outcome]) -> Result<Vec<Uuid>, SpiError> {
+    /// Writes outcomes of jobs that are still held under their leases. Returns the jobs whose rows somebody else
+    /// keeps locked: theirs must be written later.
+    pub fn complete(&self, outcomes: &[&Outcome]) -> Result<Vec<Uuid>, SpiError> {
         let mut ids = Vec::with_capacity(outcomes.len());
+        let mut leases = Vec::with_capacity(outcomes.len());
         let mut statuses = Vec::with_capacity(outcomes.len());
         let mut results = Vec::with_capacity(outcomes.len());
         let mut errors = Vec::with_capacity(outcomes.len());
@@ -100,6 +101,7 @@ impl Queue {
                 Verdict::Failed { error, result } => ("failed", result.as_deref(), Some(error.as_str())),
             };
             ids.push(datum(outcome.job));
+            leases.push(datum(outcome.lease));
             statuses.push(status);
             results.push(result);
             errors.push(error);
@@ -108,7 +110,7 @@ impl Queue {
             let rows = client.update(
                 &self.complete,
                 None,
-                &[datum(self.lease).into(), ids.into(), statuses.into(), results.into(), errors.into()],
+                &[ids.into(), leases.into(), statuses.into(), results.into(), errors.into()],
             )?;
             let mut later = Vec::new();
             for row in rows {
@@ -118,10 +120,12 @@ impl Queue {
         })
     }
 
-    /// Gives back the jobs held under other leases: with one worker to a database, theirs is gone.
-    pub fn release_abandoned(&self) -> Result<i32, SpiError> {
+    /// Gives back the jobs held under other leases than the ones this worker uses: with one worker to a database,
+    /// those are of one that is gone.
+    pub fn release_abandoned(&self, leases: impl IntoIterator<Item = Uuid>) -> Result<i32, SpiError> {
+        let leases: Vec<_> = leases.into_iter().map(datum).collect();
         Spi::connect_mut(|client| {
-            let rows = client.update(&self.release, None, &[datum(self.lease).into()])?;
+            let rows = client.update(&self.release, None, &[leases.into()])?;
             Ok(rows.first().get_one::<i32>()?.unwrap_or(0))
         })
     }

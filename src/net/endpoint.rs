@@ -12,17 +12,10 @@ use std::time::Duration;
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
 
 /// Headers that belong to the protocol: a config that sets them would break the session or the message framing.
-const RESERVED: [&str; 9] = [
-    "accept",
-    "connection",
-    "content-length",
-    "content-type",
-    "host",
-    "last-event-id",
-    "mcp-protocol-version",
-    "mcp-session-id",
-    "transfer-encoding",
-];
+const RESERVED: [&str; 6] = ["accept", "content-type", "host", "idempotency-key", "last-event-id", "mcp-"];
+
+/// Headers that frame a message on its connection: nobody may set them.
+const FRAMING: [&str; 3] = ["connection", "content-length", "transfer-encoding"];
 
 /// An MCP server: the plaintext of a config, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -36,28 +29,46 @@ impl Endpoint {
     /// Reads `{"url": …, "headers": {…}, "timeout_ms": …}`; other keys are left to others. The problem, if there is
     /// one, names keys but never quotes a value: any may hold a secret.
     pub fn parse(config: &str) -> Result<Self, String> {
-        // Values of other keys are not looked into: they may be larger or deeper than serde_json takes.
-        let members: BTreeMap<String, &RawValue> =
-            serde_json::from_str(config).map_err(|_| "the config is not a JSON object")?;
-        let mut known = Map::new();
-        for key in ["url", "headers", "timeout_ms"] {
-            if let Some(value) = members.get(key) {
-                let value = serde_json::from_str(value.get()).map_err(|_| format!("\"{key}\" can not be read"))?;
-                known.insert(key.to_owned(), value);
-            }
-        }
-        let config = &known;
+        let config = &members(config, &["url", "headers", "timeout_ms"])?.0;
         let headers = headers(config)?;
-        if let Some((name, _)) = headers.iter().find(|(name, _)| RESERVED.contains(&name.as_str())) {
+        let reserved = |name: &str| {
+            RESERVED.iter().any(|entry| name == *entry || (entry.ends_with('-') && name.starts_with(entry)))
+        };
+        if let Some((name, _)) = headers.iter().find(|(name, _)| reserved(name.as_str())) {
             return Err(format!("the header \"{name}\" is set by the protocol and can not be given"));
         }
         Ok(Self { url: url(config)?, headers, timeout: timeout(config)? })
     }
 
     /// The secrets that must not come out in a text.
-    pub fn secrets(&self) -> impl Iterator<Item = &Secret> {
-        self.headers.iter().map(|(_, value)| value)
+    pub fn secrets(&self) -> Vec<Secret> {
+        secrets(&self.url, &self.headers)
     }
+}
+
+/// What may be secret in a request's target: the values of its headers, and the password and query of its URL.
+pub fn secrets(url: &Url, headers: &[(HeaderName, Secret)]) -> Vec<Secret> {
+    let in_headers = headers.iter().map(|(_, value)| value.clone());
+    let in_query = url.query_pairs().map(|(_, value)| Secret::new(value.into_owned()));
+    let password = url.password().map(|password| Secret::new(password.to_owned()));
+    in_headers.chain(in_query).chain(password).collect()
+}
+
+/// The members of a JSON object as they are written.
+pub type RawMembers<'a> = BTreeMap<String, &'a RawValue>;
+
+/// The members of a JSON object that are `known`, and the object's parts as they are written. The values of others are
+/// not looked into: they may be larger or deeper than serde_json takes.
+pub fn members<'a>(text: &'a str, known: &[&str]) -> Result<(Map<String, Value>, RawMembers<'a>), String> {
+    let raw: RawMembers<'a> = serde_json::from_str(text).map_err(|_| "it is not a JSON object")?;
+    let mut members = Map::new();
+    for key in known {
+        if let Some(value) = raw.get(*key) {
+            let value = serde_json::from_str(value.get()).map_err(|_| format!("\"{key}\" can not be read"))?;
+            members.insert((*key).to_owned(), value);
+        }
+    }
+    Ok((members, raw))
 }
 
 /// The key "url": absolute, http or https, with a host.
@@ -91,6 +102,9 @@ pub fn headers(object: &Map<String, Value>) -> Result<Vec<(HeaderName, Secret)>,
         // Control characters would let a value end the line and begin another header.
         if HeaderValue::from_str(value).is_err() {
             return Err(format!("the header \"{name}\" has characters that are not allowed in a header"));
+        }
+        if FRAMING.contains(&parsed.as_str()) {
+            return Err(format!("the header \"{name}\" can not be given"));
         }
         headers.push((parsed, Secret::new(value.clone())));
     }
@@ -136,7 +150,7 @@ mod tests {
 
     #[test]
     fn problems_name_the_key_and_never_quote_a_value() {
-        assert_eq!(problem(json!([])), "the config is not a JSON object");
+        assert_eq!(problem(json!([])), "it is not a JSON object");
         assert_eq!(problem(json!({})), "\"url\" is missing");
         assert_eq!(problem(json!({"url": 1})), "\"url\" is not a string");
         assert_eq!(problem(json!({"url": "file:///etc/passwd"})), "\"url\" must begin with http:// or https://");
@@ -153,6 +167,8 @@ mod tests {
         assert!(problem(json!({"url": url, "headers": {"X": 1}})).contains("not a string"));
         assert!(problem(json!({"url": url, "headers": []})).contains("not a JSON object"));
         assert!(problem(json!({"url": url, "headers": {"Mcp-Session-Id": "1"}})).contains("set by the protocol"));
+        assert!(problem(json!({"url": url, "headers": {"Mcp-Name": "1"}})).contains("set by the protocol"));
+        assert!(problem(json!({"url": url, "headers": {"Content-Length": "1"}})).contains("can not be given"));
         let url_and = |rest: &str| Endpoint::parse(&format!("{{\"url\": \"http://host/\", {rest}}}"));
         assert_eq!(url_and("\"timeout_ms\": 1e400").err().as_deref(), Some("\"timeout_ms\" can not be read"));
         assert!(url_and("\"note\": 1e400").is_ok(), "unknown keys are not looked into");

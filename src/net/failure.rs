@@ -3,8 +3,10 @@
 use reqwest::StatusCode;
 use std::time::Duration;
 
-/// Characters of a server's own words that an error may hold.
-const MAX_QUOTE: usize = 500;
+/// Characters that an error may have.
+const MAX_QUOTE: usize = 700;
+/// Characters of a server's own words that are kept until secrets have been taken out of them.
+const MAX_WORDS: usize = 20_000;
 
 /// Why there is no good answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,14 +71,23 @@ pub fn status_text(status: u16) -> String {
     }
 }
 
-/// A server's own words, on one line and of bounded length.
+/// A server's own words, on one line.
+pub fn words(text: &str) -> String {
+    one_line(text, MAX_WORDS)
+}
+
+/// An error's text as it is stored: on one line and of bounded length.
 pub fn quote(text: &str) -> String {
-    let mut words = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    words.retain(|c| !c.is_control());
-    if words.chars().count() <= MAX_QUOTE {
-        return words;
+    one_line(text, MAX_QUOTE)
+}
+
+fn one_line(text: &str, length: usize) -> String {
+    let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.retain(|c| !c.is_control());
+    if line.chars().count() <= length {
+        return line;
     }
-    words.chars().take(MAX_QUOTE).chain(['…']).collect()
+    line.chars().take(length).chain(['…']).collect()
 }
 
 impl From<reqwest::Error> for Failure {
@@ -109,11 +120,11 @@ impl From<reqwest::Error> for Failure {
             reason = "no TLS is spoken there; is it http:// instead of https://?".into();
         }
         if error.is_connect() {
-            Failure::Connect { authority, reason: quote(&reason) }
+            Failure::Connect { authority, reason: words(&reason) }
         } else if error.is_builder() {
-            Failure::BadRequest(format!("the request can not be built: {}", quote(&reason)))
+            Failure::BadRequest(format!("the request can not be built: {}", words(&reason)))
         } else {
-            Failure::Broken(quote(if reason.is_empty() { "no reason given" } else { &reason }))
+            Failure::Broken(words(if reason.is_empty() { "no reason given" } else { &reason }))
         }
     }
 }
@@ -148,6 +159,6 @@ mod tests {
     #[test]
     fn quotes_are_one_bounded_line() {
         assert_eq!(quote("  a\n\tb \u{7}c "), "a b c");
-        assert_eq!(quote(&"ä".repeat(600)).chars().count(), 501);
+        assert_eq!(quote(&"ä".repeat(900)).chars().count(), 701);
     }
 }

@@ -56,12 +56,16 @@ pub struct HttpCall {
 
 impl HttpCall {
     /// Reads a job's `params`: url, and optionally method, headers, body (a string is sent as it is, anything else as
-    /// JSON) and timeout_ms.
-    pub fn parse(params: &Map<String, Value>) -> Result<Self, String> {
-        let body = match params.get("body") {
-            None | Some(Value::Null) => None,
-            Some(Value::String(text)) => Some((text.clone(), false)),
-            Some(json) => Some((json.to_string(), true)),
+    /// the JSON it is) and timeout_ms.
+    pub fn parse(params: &str) -> Result<Self, String> {
+        let (params, raw) = endpoint::members(params, &["url", "method", "headers", "timeout_ms"])?;
+        let params = &params;
+        let body = match raw.get("body").map(|body| body.get()) {
+            None | Some("null") => None,
+            Some(text) if text.starts_with('"') => {
+                Some((serde_json::from_str(text).map_err(|_| "\"body\" can not be read")?, false))
+            }
+            Some(json) => Some((json.to_owned(), true)),
         };
         let method = match params.get("method") {
             None | Some(Value::Null) if body.is_some() => Method::POST,
@@ -80,8 +84,8 @@ impl HttpCall {
     }
 
     /// The secrets that must not come out in a text.
-    pub fn secrets(&self) -> impl Iterator<Item = &Secret> {
-        self.headers.iter().map(|(_, value)| value)
+    pub fn secrets(&self) -> Vec<Secret> {
+        endpoint::secrets(&self.url, &self.headers)
     }
 
     /// Makes the request.
@@ -188,9 +192,7 @@ mod tests {
 
     #[test]
     fn the_method_follows_from_the_body_unless_it_is_given() {
-        let method = |params: Value| {
-            HttpCall::parse(params.as_object().unwrap_or(&Map::new())).map(|call| call.method.to_string())
-        };
+        let method = |params: Value| HttpCall::parse(&params.to_string()).map(|call| call.method.to_string());
         assert_eq!(method(json!({"url": "http://h/"})).as_deref(), Ok("GET"));
         assert_eq!(method(json!({"url": "http://h/", "body": {"a": 1}})).as_deref(), Ok("POST"));
         assert_eq!(method(json!({"url": "http://h/", "method": "put", "body": "x"})).as_deref(), Ok("PUT"));

@@ -7,7 +7,7 @@ mod wire;
 pub use session::Sessions;
 
 use super::endpoint::Endpoint;
-use super::failure::{Failure, quote};
+use super::failure::{Failure, words};
 use super::outcome::Verdict;
 use rmcp::model::{
     CallToolRequest, CallToolRequestParams, ClientRequest, CustomResult, GetPromptRequest, GetPromptRequestParams,
@@ -15,7 +15,7 @@ use rmcp::model::{
 };
 use rmcp::service::{PeerRequestOptions, ServiceError};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::time::Duration;
 use transport::CallTag;
 use uuid::Uuid;
@@ -23,28 +23,43 @@ use uuid::Uuid;
 /// What is asked of an MCP server.
 #[derive(Clone, Debug)]
 pub enum McpCall {
-    Tool { name: String, arguments: Map<String, Value> },
-    Resource { uri: String },
-    Prompt { name: String, arguments: Map<String, Value> },
+    /// The arguments are the text of a JSON object.
+    Tool {
+        name: String,
+        arguments: String,
+    },
+    Resource {
+        uri: String,
+    },
+    /// The arguments are the text of a JSON object.
+    Prompt {
+        name: String,
+        arguments: String,
+    },
 }
 
 impl McpCall {
-    fn into_request(self, tag: CallTag) -> ClientRequest {
+    /// The request, with a stand-in for the arguments, which the transport replaces by their text.
+    fn into_request(self, job: Uuid) -> (ClientRequest, CallTag) {
+        let stand_in = wire::stand_in(job);
         match self {
             McpCall::Tool { name, arguments } => {
-                let mut request = CallToolRequest::new(CallToolRequestParams::new(name).with_arguments(arguments));
-                request.extensions.insert(tag);
-                ClientRequest::CallToolRequest(request)
+                let tag = CallTag::new(job, Some(arguments));
+                let mut request = CallToolRequest::new(CallToolRequestParams::new(name).with_arguments(stand_in));
+                request.extensions.insert(tag.clone());
+                (ClientRequest::CallToolRequest(request), tag)
             }
             McpCall::Resource { uri } => {
+                let tag = CallTag::new(job, None);
                 let mut request = ReadResourceRequest::new(ReadResourceRequestParams::new(uri));
-                request.extensions.insert(tag);
-                ClientRequest::ReadResourceRequest(request)
+                request.extensions.insert(tag.clone());
+                (ClientRequest::ReadResourceRequest(request), tag)
             }
             McpCall::Prompt { name, arguments } => {
-                let mut request = GetPromptRequest::new(GetPromptRequestParams::new(name).with_arguments(arguments));
-                request.extensions.insert(tag);
-                ClientRequest::GetPromptRequest(request)
+                let tag = CallTag::new(job, Some(arguments));
+                let mut request = GetPromptRequest::new(GetPromptRequestParams::new(name).with_arguments(stand_in));
+                request.extensions.insert(tag.clone());
+                (ClientRequest::GetPromptRequest(request), tag)
             }
         }
     }
@@ -59,13 +74,13 @@ pub async fn perform(
     time: Duration,
 ) -> Result<Verdict, Failure> {
     let deadline = tokio::time::Instant::now() + time;
-    let peer = sessions.peer(endpoint).await?;
-    let tag = CallTag::new(job);
+    // Held for the call: a session in use is not idle, however long the call takes.
+    let session = sessions.get(endpoint).await?;
     let remaining = deadline.saturating_duration_since(tokio::time::Instant::now());
     // With its own time-out the library also tells the server that the call is off.
     let options = PeerRequestOptions::with_timeout(remaining);
-    let request = call.into_request(tag.clone());
-    let answered = async { peer.send_cancellable_request(request, options).await?.await_response().await };
+    let (request, tag) = call.into_request(job);
+    let answered = async { session.peer().send_cancellable_request(request, options).await?.await_response().await };
     tokio::select! {
         // What the transport noted is more telling than what the library makes of it.
         biased;
@@ -84,10 +99,10 @@ fn describe(error: ServiceError, time: Duration) -> Failure {
         ServiceError::McpError(error) if error.message.contains("re-initialized before the response") => {
             Failure::Broken("the server forgot the session while the call was running".into())
         }
-        ServiceError::McpError(error) => Failure::Rpc { code: error.code.0, message: quote(&error.message) },
+        ServiceError::McpError(error) => Failure::Rpc { code: error.code.0, message: words(&error.message) },
         ServiceError::Timeout { .. } => Failure::Timeout(time),
         ServiceError::TransportClosed => Failure::Broken("the MCP session was closed".into()),
-        other => Failure::Broken(quote(&other.to_string())),
+        other => Failure::Broken(words(&other.to_string())),
     }
 }
 
@@ -118,7 +133,7 @@ fn judge(result: String) -> Result<Verdict, Failure> {
             );
         }
         Some(other) => {
-            return failed(format!("the server answered with \"{}\", which is not supported", quote(other)), result);
+            return failed(format!("the server answered with \"{}\", which is not supported", words(other)), result);
         }
     }
     if gist.is_error == Some(true) {
@@ -135,7 +150,7 @@ fn error_text(content: &Value) -> String {
         .flatten()
         .filter_map(|block| block.get("text").and_then(Value::as_str))
         .collect();
-    match quote(&texts.join(" ")) {
+    match words(&texts.join(" ")) {
         text if text.is_empty() => "the tool reported an error without a text".into(),
         text => format!("the tool reported an error: {text}"),
     }

@@ -12,6 +12,21 @@ pub enum Verdict {
     Failed { error: String, result: Option<String> },
 }
 
+impl Verdict {
+    /// What it takes to write it.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Verdict::Completed { result } => result.len(),
+            Verdict::Failed { error, result } => error.len() + result.as_ref().map_or(0, String::len),
+        }
+    }
+
+    /// Whether it is nothing but an error's text.
+    pub fn is_bare_failure(&self) -> bool {
+        matches!(self, Verdict::Failed { result: None, .. })
+    }
+}
+
 impl From<Failure> for Verdict {
     fn from(failure: Failure) -> Self {
         Verdict::Failed { error: failure.to_string(), result: None }
@@ -22,5 +37,7 @@ impl From<Failure> for Verdict {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub job: Uuid,
+    /// The lease that the job was claimed under.
+    pub lease: Uuid,
     pub verdict: Verdict,
 }

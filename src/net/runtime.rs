@@ -1,11 +1,11 @@
 //! The network thread: a tokio runtime that takes requests in and gives outcomes back.
 
 use super::endpoint::Endpoint;
-use super::failure::Failure;
+use super::failure::{Failure, quote};
 use super::http::{self, HttpCall};
 use super::mcp::{self, McpCall, Sessions};
 use super::outcome::{Outcome, Verdict};
-use crate::domain::secret::redact;
+use crate::domain::secret::{Secret, redact};
 use futures::FutureExt;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,6 +26,8 @@ const GRACE: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub struct Request {
     pub job: Uuid,
+    /// The lease that the job was claimed under; comes back with the outcome.
+    pub lease: Uuid,
     pub timeout: Duration,
     pub work: Work,
 }
@@ -168,12 +170,12 @@ async fn serve(
                 let (client, limits) = (client.clone(), Arc::clone(&limits));
                 let (sessions, reporter) = (Arc::clone(&sessions), reporter.clone());
                 tokio::spawn(async move {
-                    let job = request.job;
+                    let (job, lease) = (request.job, request.lease);
                     let verdict = AssertUnwindSafe(run(request, &client, &limits, &sessions))
                         .catch_unwind()
                         .await
                         .unwrap_or_else(|_| Failure::Internal("the job's code panicked".into()).into());
-                    reporter.report(Outcome { job, verdict });
+                    reporter.report(Outcome { job, lease, verdict });
                 });
             }
             _ = sweep.tick() => {
@@ -186,27 +188,25 @@ async fn serve(
 
 /// Runs one request within its time, and keeps its secrets out of the error.
 async fn run(request: Request, client: &reqwest::Client, limits: &Limits, sessions: &Sessions) -> Verdict {
-    let Request { job, timeout, work } = request;
+    let Request { job, timeout, work, .. } = request;
     match work {
         Work::Http(call) => {
             let work = call.perform(client, job, limits.max_response_bytes());
             let verdict = tokio::time::timeout(timeout, work).await.unwrap_or(Err(Failure::Timeout(timeout)));
-            without_secrets(verdict, call.secrets())
+            without_secrets(verdict, &call.secrets())
         }
         Work::Mcp { endpoint, call } => {
             let work = mcp::perform(sessions, &endpoint, call, job, timeout);
             let verdict = tokio::time::timeout(timeout + GRACE, work).await.unwrap_or(Err(Failure::Timeout(timeout)));
-            without_secrets(verdict, endpoint.secrets())
+            without_secrets(verdict, &endpoint.secrets())
         }
     }
 }
 
-fn without_secrets<'a>(
-    verdict: Result<Verdict, Failure>,
-    secrets: impl Iterator<Item = &'a crate::domain::secret::Secret>,
-) -> Verdict {
+/// Redacted before it is cut to its length: half a secret at the cut would not be found.
+fn without_secrets(verdict: Result<Verdict, Failure>, secrets: &[Secret]) -> Verdict {
     match verdict.unwrap_or_else(Verdict::from) {
-        Verdict::Failed { error, result } => Verdict::Failed { error: redact(&error, secrets), result },
+        Verdict::Failed { error, result } => Verdict::Failed { error: quote(&redact(&error, secrets)), result },
         completed => completed,
     }
 }

@@ -86,6 +86,9 @@ pub fn pin_session_settings() {
         (c"default_transaction_read_only", c"off"),
         (c"search_path", c"pg_catalog, pg_temp"),
         (c"row_security", c"off"),
+        (c"role", c"none"),
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        (c"transaction_timeout", c"0"),
     ] {
         // SAFETY: static C strings, a worker connected to its database.
         unsafe {
@@ -100,8 +103,11 @@ pub fn pin_session_settings() {
 }
 
 /// Waits for the process's latch, for input on `descriptor`, or for the time to pass. Ends the process when the
-/// postmaster is gone. Returns whether the latch was set.
-pub fn wait(descriptor: Option<BorrowedFd<'_>>, time: Duration) -> bool {
+/// postmaster is gone.
+///
+/// The latch is no message: PostgreSQL's own waits inside a transaction may use it up. Look at everything that could have
+/// been asked for right before the call, and again after it.
+pub fn wait(descriptor: Option<BorrowedFd<'_>>, time: Duration) {
     let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::from(i32::MAX)).clamp(0, i64::from(i32::MAX));
     let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
     if descriptor.is_some() {
@@ -116,11 +122,9 @@ pub fn wait(descriptor: Option<BorrowedFd<'_>>, time: Duration) -> bool {
             milliseconds,
             pg_sys::PG_WAIT_EXTENSION,
         );
-        let latch_set = happened & pg_sys::WL_LATCH_SET as i32 != 0;
-        if latch_set {
+        if happened & pg_sys::WL_LATCH_SET as i32 != 0 {
             pg_sys::ResetLatch(pg_sys::MyLatch);
         }
-        latch_set
     }
 }
 
@@ -130,6 +134,21 @@ pub fn stop_requested() -> bool {
     unsafe { std::ptr::read_volatile(&raw const pg_sys::ProcDiePending) != 0 }
 }
 
+/// Lets a process that was told to end run one more short transaction. It must end itself afterwards.
+pub fn postpone_end() {
+    // SAFETY: flags of this process, taken back on its main thread; nobody else reads them.
+    unsafe {
+        std::ptr::write_volatile(&raw mut pg_sys::ProcDiePending, 0);
+        std::ptr::write_volatile(&raw mut pg_sys::InterruptPending, 0);
+    }
+}
+
+/// Whether a SIGHUP waits to be handled by [`reload_configuration`].
+pub fn reload_requested() -> bool {
+    // SAFETY: a flag that the signal handler sets.
+    unsafe { std::ptr::read_volatile(&raw const pg_sys::ConfigReloadPending) != 0 }
+}
+
 /// Answers what other processes want of this one (DROP DATABASE waits for such answers).
 pub fn handle_interrupts() {
     pgrx::check_for_interrupts!();
@@ -137,11 +156,11 @@ pub fn handle_interrupts() {
 
 /// Reads the configuration files again if a SIGHUP asked for it, and tells whether it did.
 pub fn reload_configuration() -> bool {
+    if !reload_requested() {
+        return false;
+    }
     // SAFETY: a flag that the signal handler sets; the read is done in the main loop, outside a transaction.
     unsafe {
-        if std::ptr::read_volatile(&raw const pg_sys::ConfigReloadPending) == 0 {
-            return false;
-        }
         std::ptr::write_volatile(&raw mut pg_sys::ConfigReloadPending, 0);
         pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
         true

@@ -4,7 +4,7 @@ use pgrx::prelude::*;
 
 /// The databases one can connect to, templates left out. For the launcher, which is connected to none: it can read
 /// the shared catalogues only, and not through SPI. Call it in a transaction.
-pub fn connectable_databases() -> Vec<pg_sys::Oid> {
+pub fn connectable_databases() -> Result<Vec<pg_sys::Oid>, String> {
     let mut databases = Vec::new();
     // SAFETY: pg_database is a shared catalogue; the scan is closed before the table, and tuples of pg_database are
     // laid out as FormData_pg_database in every supported version.
@@ -17,7 +17,8 @@ pub fn connectable_databases() -> Vec<pg_sys::Oid> {
                 break;
             }
             let row: *const pg_sys::FormData_pg_database = pg_sys::GETSTRUCT(tuple).cast();
-            if (*row).datallowconn && !(*row).datistemplate {
+            // A limit of -2 marks a database that was half dropped.
+            if (*row).datallowconn && !(*row).datistemplate && (*row).datconnlimit != -2 {
                 databases.push((*row).oid);
             }
         }
@@ -27,7 +28,7 @@ pub fn connectable_databases() -> Vec<pg_sys::Oid> {
         }
         pg_sys::table_close(table, pg_sys::AccessShareLock as i32);
     }
-    databases
+    Ok(databases)
 }
 
 /// The extension's oid in this database, if it is installed. Call it in a transaction.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 static VAULT_KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MAX_IN_FLIGHT: GucSetting<i32> = GucSetting::<i32>::new(512);
 static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static REQUEST_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(30_000);
@@ -23,6 +24,14 @@ pub fn register() {
         &VAULT_KEY_FILE,
         GucContext::Sighup,
         GucFlags::SUPERUSER_ONLY,
+    );
+    GucRegistry::define_bool_guc(
+        c"nexus_hub.enabled",
+        c"Whether the worker takes jobs.",
+        c"Off, jobs stay pending; what is in flight is finished. ALTER DATABASE ... SET it off before a dump is restored into a copy that must not call anybody.",
+        &ENABLED,
+        GucContext::Suset,
+        GucFlags::empty(),
     );
     GucRegistry::define_int_guc(
         c"nexus_hub.max_in_flight",
@@ -60,7 +69,7 @@ pub fn register() {
         c"",
         &MAX_RESPONSE_BYTES,
         1024,
-        128 * 1024 * 1024,
+        64 * 1024 * 1024,
         GucContext::Sighup,
         GucFlags::UNIT_BYTE,
     );
@@ -116,6 +125,7 @@ pub fn configuration_loaded_at() -> i64 {
 /// What the worker goes by: read once per loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkerSettings {
+    pub enabled: bool,
     pub max_in_flight: usize,
     pub batch_size: usize,
     pub request_timeout: Duration,
@@ -129,6 +139,7 @@ pub fn worker_settings() -> WorkerSettings {
     let size = |setting: &GucSetting<i32>| usize::try_from(setting.get()).unwrap_or(1);
     let time = |setting: &GucSetting<i32>| Duration::from_millis(setting.get().max(1) as u64);
     WorkerSettings {
+        enabled: ENABLED.get(),
         max_in_flight: size(&MAX_IN_FLIGHT),
         batch_size: size(&BATCH_SIZE),
         request_timeout: time(&REQUEST_TIMEOUT_MS),

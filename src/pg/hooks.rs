@@ -59,11 +59,27 @@ unsafe extern "C-unwind" fn look_at(parse_tree: *mut pg_sys::Node) {
         {
             shmem::ask_to_leave(database);
         }
-        // The worker looks whether the extension is still there; if not, it ends. An abort forgets the wake-up.
-        if matches!((*parse_tree).type_, pg_sys::NodeTag::T_DropStmt | pg_sys::NodeTag::T_DropOwnedStmt)
-            && catalog_is_reachable()
-        {
-            xact::wake_worker_at_commit();
+        // The worker looks whether the extension is still there; if not, it ends. An abort forgets the nudge.
+        if may_drop_extension(parse_tree) && catalog_is_reachable() {
+            xact::nudge_worker_at_commit();
+        }
+    }
+}
+
+/// Whether a statement can take the extension with it.
+///
+/// # Safety
+/// `node` points to a utility statement's parse tree.
+unsafe fn may_drop_extension(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: each cast is to the struct that the node's tag names.
+    unsafe {
+        match (*node).type_ {
+            pg_sys::NodeTag::T_DropOwnedStmt => true,
+            pg_sys::NodeTag::T_DropStmt => matches!(
+                (*node.cast::<pg_sys::DropStmt>()).removeType,
+                pg_sys::ObjectType::OBJECT_EXTENSION | pg_sys::ObjectType::OBJECT_SCHEMA
+            ),
+            _ => false,
         }
     }
 }

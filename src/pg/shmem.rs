@@ -25,8 +25,10 @@ pub enum WorkerState {
     NoExtension = 2,
     /// Ended: somebody needs the database without connections.
     Left = 3,
+    /// Ended: the extension was dropped and is there anew.
+    Replaced = 4,
     /// Ended in any other way.
-    Stopped = 4,
+    Stopped = 5,
 }
 
 impl WorkerState {
@@ -36,6 +38,7 @@ impl WorkerState {
             1 => Self::Running,
             2 => Self::NoExtension,
             3 => Self::Left,
+            4 => Self::Replaced,
             _ => Self::Stopped,
         }
     }
@@ -46,6 +49,9 @@ struct Slot {
     database: AtomicU32,
     state: AtomicU32,
     leave: AtomicBool,
+    /// Something was committed that the worker has to look for. The latch alone would not do: the worker's own lock
+    /// waits and waits for replication use it up.
+    wake: AtomicBool,
     latch: AtomicPtr<pg_sys::Latch>,
 }
 
@@ -138,16 +144,27 @@ fn own_latch() -> *mut pg_sys::Latch {
     unsafe { pg_sys::MyLatch }
 }
 
-/// Wakes the worker of a database, or has the launcher start one. Can't fail and does not allocate.
-pub fn wake(database: pg_sys::Oid) {
-    let Some(shared) = shared() else { return };
+/// Wakes the worker of a database, and tells whether there is one. Can't fail and does not allocate.
+pub fn nudge(database: pg_sys::Oid) -> bool {
+    let Some(shared) = shared() else { return false };
     let database = database.to_u32();
     for slot in &shared.slots {
         if slot.database.load(SeqCst) == database && slot.state.load(SeqCst) == WorkerState::Running as u32 {
+            slot.wake.store(true, SeqCst);
             set_latch(&slot.latch);
-            return;
+            return true;
         }
     }
+    false
+}
+
+/// Wakes the worker of a database, or has the launcher start one. Can't fail and does not allocate.
+pub fn wake(database: pg_sys::Oid) {
+    if nudge(database) {
+        return;
+    }
+    let Some(shared) = shared() else { return };
+    let database = database.to_u32();
     let noted = shared
         .wanted
         .iter()
@@ -205,6 +222,7 @@ pub fn reserve_slot(database: pg_sys::Oid) -> Option<usize> {
     let slot = &shared.slots[index];
     slot.state.store(WorkerState::Starting as u32, SeqCst);
     slot.leave.store(false, SeqCst);
+    slot.wake.store(false, SeqCst);
     slot.latch.store(null_mut(), SeqCst);
     slot.database.store(database.to_u32(), SeqCst);
     Some(index)
@@ -213,6 +231,18 @@ pub fn reserve_slot(database: pg_sys::Oid) -> Option<usize> {
 /// What has become of the worker in a slot.
 pub fn slot_state(index: usize) -> WorkerState {
     shared().and_then(|shared| shared.slots.get(index)).map_or(WorkerState::Stopped, worker_state)
+}
+
+/// Whether a worker was woken that did not get to look.
+pub fn slot_was_woken(index: usize) -> bool {
+    shared().and_then(|shared| shared.slots.get(index)).is_some_and(|slot| slot.wake.load(SeqCst))
+}
+
+/// The slots in use and their databases: what a new launcher finds of the one before.
+pub fn occupied_slots() -> Vec<(usize, pg_sys::Oid)> {
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    let databases = slots.iter().map(|slot| slot.database.load(SeqCst)).enumerate();
+    databases.filter(|(_, database)| *database != 0).map(|(index, database)| (index, database.into())).collect()
 }
 
 /// Gives a slot back, once its worker is known to be gone.
@@ -225,15 +255,25 @@ pub fn free_slot(index: usize) {
 
 // ── A worker's side ──
 
-/// Makes this process the worker of a slot, and returns the slot's database. Undone when the process exits.
+/// Makes this process the worker of a slot, and returns the slot's database. Undone when the process exits. `None`: the
+/// slot is free, or the database has a worker already.
 pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
-    let slot = shared()?.slots.get(index)?;
+    let shared = shared()?;
+    let slot = shared.slots.get(index)?;
     OWN_SLOT.store(index as u32, SeqCst);
     // SAFETY: registers a callback of this library, which stays loaded.
     unsafe { pg_sys::before_shmem_exit(Some(detach_worker), pg_sys::Datum::from(0)) };
     slot.latch.store(own_latch(), SeqCst);
     let database = slot.database.load(SeqCst);
-    (database != 0).then(|| pg_sys::Oid::from(database))
+    let rival = shared.slots.iter().enumerate().any(|(other, slot)| {
+        other != index && slot.database.load(SeqCst) == database && worker_state(slot) == WorkerState::Running
+    });
+    (database != 0 && !rival).then(|| pg_sys::Oid::from(database))
+}
+
+/// Whether something was committed that this worker has to look for; forgets it.
+pub fn take_wake() -> bool {
+    own_slot().is_some_and(|slot| slot.wake.swap(false, SeqCst))
 }
 
 /// Records how this worker stands; [`WorkerState::Running`] makes [`wake`] turn to it.
@@ -282,7 +322,8 @@ impl JobWait {
     /// Takes a place; `None` when the library is not preloaded.
     pub fn begin() -> Option<Self> {
         let shared = shared()?;
-        // SAFETY: initialised at startup; this process sleeps on no other condition variable meanwhile.
+        // SAFETY: initialised at startup. Reads in between may sleep on other condition variables; then the next sleep
+        // on this one returns at once, and the caller looks again.
         unsafe { pg_sys::ConditionVariablePrepareToSleep(shared.job_finished.get()) };
         Some(Self(shared))
     }

@@ -5,20 +5,35 @@ use pgrx::pg_sys::panic::CaughtError;
 use pgrx::prelude::*;
 use std::panic::AssertUnwindSafe;
 
-/// Runs `work` in one transaction and commits it. An SQL error or a panic rolls back and comes out as text, so that a
-/// deadlock, say, does not cost the worker what it holds in memory.
-pub fn run<R>(activity: &std::ffi::CStr, work: impl FnOnce() -> R) -> Result<R, String> {
+/// Why a transaction was rolled back.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub message: String,
+    /// Somebody else was in the way (a lock, a deadlock, a cancel request): the same may succeed in a while.
+    pub transient: bool,
+}
+
+/// Runs `work` in one transaction and commits it. An error that `work` returns, an SQL error and a panic roll it back
+/// and come out as a value, so that a deadlock, say, does not cost the worker what it holds in memory.
+pub fn run<R>(activity: &std::ffi::CStr, work: impl FnOnce() -> Result<R, String>) -> Result<R, Failure> {
     // SAFETY: the worker is connected to a database and in no transaction; calls come in the order PostgreSQL's own
-    // workers use, and whatever raises an error ends in AbortCurrentTransaction.
+    // workers use, and whatever goes wrong ends in AbortCurrentTransaction.
     let result = PgTryBuilder::new(AssertUnwindSafe(|| unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
         pg_sys::StartTransactionCommand();
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, activity.as_ptr());
-        let result = work();
-        pg_sys::PopActiveSnapshot();
-        pg_sys::CommitTransactionCommand();
-        Ok(result)
+        match work() {
+            Ok(result) => {
+                pg_sys::PopActiveSnapshot();
+                pg_sys::CommitTransactionCommand();
+                Ok(result)
+            }
+            Err(message) => {
+                pg_sys::AbortCurrentTransaction();
+                Err(Failure { message, transient: false })
+            }
+        }
     }))
     .catch_others(|error| {
         // SAFETY: see above.
@@ -39,9 +54,16 @@ pub fn run<R>(activity: &std::ffi::CStr, work: impl FnOnce() -> R) -> Result<R, 
     result
 }
 
-fn describe(error: CaughtError) -> String {
-    match error {
-        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report.message().to_owned(),
-        CaughtError::RustPanic { ereport, .. } => ereport.message().to_owned(),
-    }
+fn describe(error: CaughtError) -> Failure {
+    let report = match error {
+        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report,
+        CaughtError::RustPanic { ereport, .. } => ereport,
+    };
+    let transient = matches!(
+        report.sql_error_code(),
+        PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE
+            | PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED
+            | PgSqlErrorCode::ERRCODE_QUERY_CANCELED
+    );
+    Failure { message: report.message().to_owned(), transient }
 }

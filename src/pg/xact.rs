@@ -2,19 +2,33 @@
 
 use super::shmem;
 use pgrx::prelude::*;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 
 // One thread owns PostgreSQL, so these are plain flags of the process.
 static REGISTERED: AtomicBool = AtomicBool::new(false);
-static WAKE_AT_COMMIT: AtomicBool = AtomicBool::new(false);
+static AT_COMMIT: AtomicU8 = AtomicU8::new(NOTHING);
 
-/// Has the worker of this database woken when the running transaction commits. A rollback forgets it.
+const NOTHING: u8 = 0;
+const NUDGE: u8 = 1;
+const WAKE: u8 = 2;
+
+/// Has the worker of this database woken when the running transaction commits, or started if there is none. A rollback
+/// forgets it.
 pub fn wake_worker_at_commit() {
+    at_commit(WAKE);
+}
+
+/// The same, but where there is no worker none is started.
+pub fn nudge_worker_at_commit() {
+    at_commit(NUDGE);
+}
+
+fn at_commit(action: u8) {
     if !REGISTERED.swap(true, Relaxed) {
         // SAFETY: registers a callback of this library, which stays loaded, once per process.
         unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
     }
-    WAKE_AT_COMMIT.store(true, Relaxed);
+    AT_COMMIT.fetch_max(action, Relaxed);
 }
 
 /// Whether a transaction id is that of the running transaction or of one of its subtransactions.
@@ -27,12 +41,19 @@ pub fn is_current(id: u32) -> bool {
 #[pg_guard]
 unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
     match event {
-        pg_sys::XactEvent::XACT_EVENT_COMMIT if WAKE_AT_COMMIT.swap(false, Relaxed) => {
+        pg_sys::XactEvent::XACT_EVENT_COMMIT => {
             // SAFETY: a plain global of this process.
-            shmem::wake(unsafe { pg_sys::MyDatabaseId });
+            let database = unsafe { pg_sys::MyDatabaseId };
+            match AT_COMMIT.swap(NOTHING, Relaxed) {
+                WAKE => shmem::wake(database),
+                NUDGE => {
+                    shmem::nudge(database);
+                }
+                _ => {}
+            }
         }
         pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
-            WAKE_AT_COMMIT.store(false, Relaxed);
+            AT_COMMIT.store(NOTHING, Relaxed);
         }
         _ => {}
     }

@@ -7,7 +7,7 @@ use crate::pg::guc;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use zeroize::Zeroizing;
@@ -64,7 +64,8 @@ fn read(path: &Path) -> Result<Zeroizing<String>, ErrorReport> {
             .set_detail(format!("The file that nexus_hub.vault_key_file names: {reason}."))
             .set_hint("It must be an ordinary file that the server's user can read and nobody else: chmod 600.")
     };
-    let file = File::open(path).map_err(|problem| {
+    // A FIFO would block the session beyond the reach of a cancel request.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|problem| {
         unreadable(match problem.kind() {
             ErrorKind::NotFound => "it does not exist".into(),
             ErrorKind::PermissionDenied => "the server's user may not read it".into(),

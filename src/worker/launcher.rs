@@ -20,10 +20,26 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 /// A worker that lived this long was healthy: the next start is not held back by failures before.
 const HEALTHY_TIME: Duration = Duration::from_secs(60);
 
+/// Workers that may be on their way at the same time: the others keep their chance of a process.
+const MAX_STARTING: usize = 4;
+
 struct Running {
     slot: usize,
-    handle: Launched,
+    /// `None`: started by a launcher before this one.
+    handle: Option<Launched>,
     since: Instant,
+}
+
+impl Running {
+    fn is_over(&self, now: Instant) -> bool {
+        match (&self.handle, shmem::slot_state(self.slot)) {
+            (Some(handle), _) => handle.is_over(),
+            (None, WorkerState::Running) => false,
+            // It may never have come to be: nobody would tell.
+            (None, WorkerState::Starting) => now.duration_since(self.since) >= AWAY_TIME,
+            (None, _) => true,
+        }
+    }
 }
 
 /// What the launcher knows of a database.
@@ -55,6 +71,9 @@ pub fn main() {
     shmem::attach_launcher();
     let mut databases: HashMap<pg_sys::Oid, Database> = HashMap::new();
     let mut next_scan = Instant::now();
+    for (slot, oid) in shmem::occupied_slots() {
+        databases.entry(oid).or_default().running = Some(Running { slot, handle: None, since: next_scan });
+    }
     let mut told_no_room = false;
     loop {
         if bgworker::stop_requested() {
@@ -88,24 +107,23 @@ pub fn main() {
         let next = databases.values().filter(|database| database.running.is_none()).filter_map(|database| database.due);
         let until = next.chain([next_scan]).min().map_or(RESCAN_INTERVAL, |at| at.saturating_duration_since(now));
         // Never a busy loop: what is due but could not be started is tried again in a while.
-        bgworker::wait(None, until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(10) }));
+        bgworker::wait(None, until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(20) }));
     }
 }
 
 /// Finds out why a worker is gone, and when the next one is due.
 fn notice_end(database: &mut Database, now: Instant) {
-    let Some(running) = database.running.take_if(|running| running.handle.is_over()) else { return };
+    let Some(running) = database.running.take_if(|running| running.is_over(now)) else { return };
     let state = shmem::slot_state(running.slot);
+    let woken = shmem::slot_was_woken(running.slot);
     shmem::free_slot(running.slot);
     if now.duration_since(running.since) >= HEALTHY_TIME {
         database.failures = 0;
     }
     database.due = match state {
-        WorkerState::NoExtension => {
-            database.failures = 0;
-            // Somebody may have asked meanwhile (DROP and CREATE in quick succession).
-            database.due
-        }
+        // A wake-up that it did not see may be that of a new CREATE EXTENSION.
+        WorkerState::NoExtension if !woken => database.due,
+        WorkerState::NoExtension | WorkerState::Replaced => Some(now),
         WorkerState::Left => Some(now + AWAY_TIME),
         WorkerState::Starting | WorkerState::Running | WorkerState::Stopped => {
             let delay = FIRST_RETRY * 2u32.saturating_pow(database.failures.min(16));
@@ -125,7 +143,7 @@ fn scan(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) {
                 databases.entry(oid).or_insert_with(|| Database { due: Some(now), ..Database::default() });
             }
         }
-        Err(problem) => log!("nexus_hub: could not read the list of databases: {problem}"),
+        Err(problem) => log!("nexus_hub: could not read the list of databases: {}", problem.message),
     }
 }
 
@@ -136,14 +154,18 @@ enum Room {
 }
 
 fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) -> Room {
-    for (oid, database) in databases.iter_mut().filter(|(_, database)| database.is_due(now)) {
+    let is_starting = |running: &Running| shmem::slot_state(running.slot) == WorkerState::Starting;
+    let starting = databases.values().filter(|database| database.running.as_ref().is_some_and(is_starting)).count();
+    // The postmaster tells when one of them has started; then there is room for another.
+    let room = MAX_STARTING.saturating_sub(starting);
+    for (oid, database) in databases.iter_mut().filter(|(_, database)| database.is_due(now)).take(room) {
         let Some(slot) = shmem::reserve_slot(*oid) else { return Room::None };
         let Some(handle) = Launched::start(WORKER_MAIN, slot) else {
             shmem::free_slot(slot);
             return Room::None;
         };
         database.due = None;
-        database.running = Some(Running { slot, handle, since: now });
+        database.running = Some(Running { slot, handle: Some(handle), since: now });
     }
     Room::Enough
 }

@@ -4,7 +4,7 @@
 
 use super::assign;
 use crate::jobs::queue::{ClaimedJob, Queue};
-use crate::net::{Limits, Net, Outcome, Verdict};
+use crate::net::{Limits, Net, Outcome, ThreadGone, Verdict};
 use crate::pg::guc::{self, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
@@ -20,15 +20,20 @@ const RESTART: i32 = 1;
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// How long to wait before a row that a session keeps locked is tried again.
 const LOCKED_DELAY: Duration = Duration::from_millis(50);
-/// Transactions that may fail in a row before the worker starts anew.
+/// Transactions that may fail in a row, with nothing to be lost, before the worker starts anew.
 const MAX_FAILURES: u32 = 20;
+/// Answers written in one transaction: PostgreSQL takes no array of more than 1 GB.
+const MAX_BATCH_BYTES: usize = 32 * 1024 * 1024;
 
-/// Why a transaction did nothing.
-enum Halt {
-    /// The extension is not in the database any more, or not the one this worker began with.
-    ExtensionGone,
-    /// The statement failed.
-    Sql(String),
+/// How a transaction went.
+enum Step {
+    Done {
+        /// Jobs whose rows were locked.
+        later: Vec<Uuid>,
+        claimed: Vec<ClaimedJob>,
+    },
+    /// The extension is gone; whether it is there anew.
+    ExtensionGone { replaced: bool },
 }
 
 struct Worker {
@@ -37,18 +42,22 @@ struct Worker {
     net: Net,
     limits: Arc<Limits>,
     settings: WorkerSettings,
-    /// Jobs that the network thread has.
-    in_flight: HashSet<Uuid>,
+    /// Jobs that the network thread has, with the leases they were claimed under.
+    in_flight: HashSet<(Uuid, Uuid)>,
     /// Outcomes that are not written yet.
     outcomes: Vec<Outcome>,
     /// How many of them could not be written, because a session keeps their rows locked.
     locked: usize,
     /// Whether the last look at the network thread ended with a full batch: there may be more.
     outcomes_due: bool,
+    /// Outcomes to write in one transaction; less after a failure, until the one that can't be written is found.
+    batch_limit: usize,
     /// Whether there may be pending jobs that no claim has seen.
     claim_due: bool,
     next_poll: Instant,
     failures: u32,
+    /// No transaction before this time.
+    not_before: Option<Instant>,
 }
 
 /// Runs the worker of a slot until it has to end, and returns its exit code.
@@ -56,35 +65,24 @@ pub fn main(slot: usize) -> i32 {
     let Some(database) = shmem::attach_worker(slot) else { return GONE };
     bgworker::start(Some(database));
     bgworker::pin_session_settings();
-    let lease = Uuid::new_v4();
     let opened = transaction::run(c"nexus_hub: starting", || {
-        let extension = catalog::extension()?;
         // The same lock as in every later transaction: the extension can't go while its functions are looked up.
-        if !catalog::hold_extension(extension) {
-            return None;
-        }
-        Some(
-            Queue::open(lease).and_then(|queue| queue.release_abandoned().map(|released| (extension, queue, released))),
-        )
+        let Some(extension) = catalog::extension().filter(|extension| catalog::hold_extension(*extension)) else {
+            return Ok(None);
+        };
+        Queue::open().map(|queue| Some((extension, queue))).map_err(|problem| problem.to_string())
     });
-    let (extension, queue, released) = match opened {
-        Ok(Some(Ok(opened))) => opened,
+    let (extension, queue) = match opened {
+        Ok(Some(opened)) => opened,
         Ok(None) => {
             shmem::set_worker_state(WorkerState::NoExtension);
             return GONE;
         }
-        Ok(Some(Err(problem))) => {
-            log!("nexus_hub: the worker could not start: {problem}");
-            return RESTART;
-        }
         Err(problem) => {
-            log!("nexus_hub: the worker could not start: {problem}");
+            log!("nexus_hub: the worker could not start: {}", problem.message);
             return RESTART;
         }
     };
-    if released > 0 {
-        log!("nexus_hub: gave back {released} jobs of a worker that is gone");
-    }
     let settings = guc::worker_settings();
     let limits =
         Arc::new(Limits::new(settings.max_in_flight, settings.max_response_bytes, settings.session_idle_timeout));
@@ -97,7 +95,6 @@ pub fn main(slot: usize) -> i32 {
     };
     // From here on commits wake this worker. What was committed before is found by the first claim.
     shmem::set_worker_state(WorkerState::Running);
-    let now = Instant::now();
     Worker {
         extension,
         queue,
@@ -108,9 +105,12 @@ pub fn main(slot: usize) -> i32 {
         outcomes: Vec::new(),
         locked: 0,
         outcomes_due: false,
+        batch_limit: usize::MAX,
         claim_due: true,
-        next_poll: now + settings.poll_interval,
+        // At once: jobs of a worker that is gone are given back by the poll.
+        next_poll: Instant::now(),
         failures: 0,
+        not_before: None,
     }
     .work()
 }
@@ -125,26 +125,25 @@ impl Worker {
             if bgworker::reload_configuration() {
                 self.take_settings();
             }
+            self.claim_due |= shmem::take_wake();
             if self.collect().is_err() {
                 log!("nexus_hub: the network thread is gone");
                 return RESTART;
             }
             match self.step() {
-                Ok(()) => self.failures = 0,
-                Err(Halt::ExtensionGone) => {
-                    shmem::set_worker_state(WorkerState::NoExtension);
+                Ok(Step::Done { later, claimed }) => {
+                    self.outcomes_written(&later);
+                    claimed.into_iter().for_each(|job| self.send(job));
+                }
+                Ok(Step::ExtensionGone { replaced }) => {
+                    let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
+                    shmem::set_worker_state(state);
                     return GONE;
                 }
-                Err(Halt::Sql(problem)) => {
-                    self.failures += 1;
-                    log!("nexus_hub: a transaction of the worker failed and is tried again: {problem}");
-                    if self.failures >= MAX_FAILURES {
-                        return RESTART;
+                Err(failure) => {
+                    if let Some(code) = self.failed(failure) {
+                        return code;
                     }
-                    self.claim_due = true;
-                    // Not woken by the network thread, or it would be no delay.
-                    bgworker::wait(None, RETRY_DELAY);
-                    continue;
                 }
             }
             self.wait();
@@ -152,15 +151,17 @@ impl Worker {
     }
 
     /// Takes what the network thread has finished, up to a batch.
-    fn collect(&mut self) -> Result<(), crate::net::ThreadGone> {
+    fn collect(&mut self) -> Result<(), ThreadGone> {
         self.net.acknowledge_wake();
         // Not counting the locked ones, or a batch of them would keep all others out.
-        while self.outcomes.len() - self.locked < self.settings.batch_size {
+        let mut bytes = 0;
+        while self.outcomes.len() - self.locked < self.settings.batch_size && bytes < MAX_BATCH_BYTES {
             let Some(outcome) = self.net.next_outcome()? else {
                 self.outcomes_due = false;
                 return Ok(());
             };
-            self.in_flight.remove(&outcome.job);
+            bytes += outcome.verdict.bytes();
+            self.in_flight.remove(&(outcome.job, outcome.lease));
             self.outcomes.push(outcome);
         }
         // Acknowledged but not taken: nobody will wake this thread for these.
@@ -168,80 +169,149 @@ impl Worker {
         Ok(())
     }
 
-    /// One transaction: writes outcomes, claims jobs, and sends them off once it has committed.
-    fn step(&mut self) -> Result<(), Halt> {
-        let now = Instant::now();
-        let poll = now >= self.next_poll;
-        let room = self.settings.max_in_flight.saturating_sub(self.in_flight.len());
-        let limit = if self.claim_due || poll { room.min(self.settings.batch_size) } else { 0 };
-        if self.outcomes.is_empty() && limit == 0 && !poll {
-            return Ok(());
-        }
-        let (extension, queue, outcomes) = (self.extension, &self.queue, &self.outcomes);
-        let done = transaction::run(c"nexus_hub: completing and claiming jobs", || {
-            if !catalog::hold_extension(extension) {
-                return None;
-            }
-            Some((|| {
-                if poll {
-                    queue.release_abandoned()?;
-                }
-                let later = if outcomes.is_empty() { Vec::new() } else { queue.complete(outcomes)? };
-                let claimed = if limit > 0 { queue.claim(limit)? } else { Vec::new() };
-                Ok::<_, pgrx::spi::SpiError>((later, claimed))
-            })())
-        });
-        let (later, claimed) = match done {
-            Ok(Some(Ok(done))) => done,
-            Ok(None) => return Err(Halt::ExtensionGone),
-            Ok(Some(Err(problem))) => return Err(Halt::Sql(problem.to_string())),
-            Err(problem) => return Err(Halt::Sql(problem)),
+    /// The outcomes for the next transaction: the newest first, because the oldest may be locked ones.
+    fn batch(&self) -> Vec<&Outcome> {
+        let mut bytes = 0;
+        let fits = |outcome: &&Outcome| {
+            bytes += outcome.verdict.bytes();
+            // One is always taken, however large.
+            bytes <= MAX_BATCH_BYTES || bytes == outcome.verdict.bytes()
         };
-        if !self.outcomes.is_empty() {
-            shmem::announce_finished_jobs();
+        self.outcomes.iter().rev().take(self.batch_limit).take_while(fits).collect()
+    }
+
+    /// One transaction: gives back what others left, writes outcomes, claims jobs.
+    fn step(&mut self) -> Result<Step, transaction::Failure> {
+        let now = Instant::now();
+        let nothing =
+            Ok(Step::Done { later: self.outcomes.iter().map(|outcome| outcome.job).collect(), claimed: vec![] });
+        if self.not_before.is_some_and(|at| now < at) {
+            return nothing;
         }
+        let poll = now >= self.next_poll;
+        let batch = self.batch();
+        let room = self.settings.max_in_flight.saturating_sub(self.in_flight.len());
+        // After a failure outcomes come first, so that it is known which part fails.
+        let may_claim = self.settings.enabled && (self.failures == 0 || batch.is_empty());
+        let limit = if may_claim && (self.claim_due || poll) { room.min(self.settings.batch_size) } else { 0 };
+        if batch.is_empty() && limit == 0 && !poll {
+            return nothing;
+        }
+        let written: HashSet<Uuid> = batch.iter().map(|outcome| outcome.job).collect();
+        let (extension, queue, leases) = (self.extension, &self.queue, self.leases());
+        let step = transaction::run(c"nexus_hub: completing and claiming jobs", || {
+            if !catalog::hold_extension(extension) {
+                return Ok(Step::ExtensionGone { replaced: catalog::extension().is_some() });
+            }
+            let work = || {
+                if poll {
+                    let released = queue.release_abandoned(leases)?;
+                    if released > 0 {
+                        log!("nexus_hub: gave back {released} jobs of a worker that is gone");
+                    }
+                }
+                let later = if batch.is_empty() { Vec::new() } else { queue.complete(&batch)? };
+                let claimed = if limit > 0 { queue.claim(Uuid::new_v4(), limit)? } else { Vec::new() };
+                Ok::<_, pgrx::spi::SpiError>(Step::Done { later, claimed })
+            };
+            work().map_err(|problem| problem.to_string())
+        })?;
+        if let Step::Done { claimed, later } = step {
+            self.failures = 0;
+            self.not_before = None;
+            self.batch_limit = usize::MAX;
+            if poll {
+                self.next_poll = now + self.settings.poll_interval;
+            }
+            if limit > 0 {
+                // A full batch means that there may be more.
+                self.claim_due = claimed.len() == limit;
+            }
+            if !written.is_empty() {
+                shmem::announce_finished_jobs();
+            }
+            let unwritten = self.outcomes.iter().map(|outcome| outcome.job).filter(|job| !written.contains(job));
+            let later = later.into_iter().chain(unwritten).collect();
+            return Ok(Step::Done { later, claimed });
+        }
+        Ok(step)
+    }
+
+    /// The leases that are this worker's: of jobs in flight, and of outcomes to be written.
+    fn leases(&self) -> HashSet<Uuid> {
+        let of_outcomes = self.outcomes.iter().map(|outcome| outcome.lease);
+        self.in_flight.iter().map(|(_, lease)| *lease).chain(of_outcomes).collect()
+    }
+
+    fn outcomes_written(&mut self, later: &[Uuid]) {
         self.outcomes.retain(|outcome| later.contains(&outcome.job));
         self.locked = self.outcomes.len();
-        if poll {
-            self.next_poll = now + self.settings.poll_interval;
+    }
+
+    /// After a failed transaction: when to try again, with how much, or the exit code when that is pointless.
+    fn failed(&mut self, failure: transaction::Failure) -> Option<i32> {
+        self.failures += 1;
+        self.claim_due = true;
+        self.not_before = Some(Instant::now() + RETRY_DELAY);
+        if self.failures == 1 {
+            log!("nexus_hub: a transaction of the worker failed and is tried again: {}", failure.message);
         }
-        if limit > 0 {
-            // A full batch means that there may be more; so does one that was cut short by what is in flight.
-            self.claim_due = claimed.len() == limit;
+        let tried = self.batch().len();
+        match tried {
+            _ if failure.transient => {}
+            0 if self.failures >= MAX_FAILURES => return Some(RESTART),
+            0 => {}
+            // The first failure may have been the claim's: once more, without it.
+            _ if self.failures == 1 => {}
+            1 => {
+                // This is the one that can't be written as it is.
+                if let Some(outcome) = self.outcomes.last_mut() {
+                    let error = format!("the answer could not be stored: {}", failure.message);
+                    if outcome.verdict.is_bare_failure() && self.failures >= MAX_FAILURES {
+                        return Some(RESTART);
+                    }
+                    outcome.verdict = Verdict::Failed { error, result: None };
+                }
+            }
+            _ => self.batch_limit = tried / 2,
         }
-        for job in claimed {
-            self.send(job);
-        }
-        Ok(())
+        None
     }
 
     fn send(&mut self, job: ClaimedJob) {
-        let id = job.id;
+        let (id, lease) = (job.id, job.lease);
         match assign::request(job, self.settings.request_timeout) {
             Ok(request) => {
                 // If the thread is gone, the next loop notices and the next worker takes the job.
                 self.net.send(request);
-                self.in_flight.insert(id);
+                self.in_flight.insert((id, lease));
             }
             Err(error) => {
-                self.outcomes.push(Outcome { job: id, verdict: Verdict::Failed { error, result: None } });
+                self.outcomes.push(Outcome { job: id, lease, verdict: Verdict::Failed { error, result: None } });
             }
         }
     }
 
     fn wait(&mut self) {
-        let has_room = self.in_flight.len() < self.settings.max_in_flight;
-        // Jobs that failed before they were sent are outcomes, too.
-        let busy = self.outcomes_due || self.outcomes.len() > self.locked || (self.claim_due && has_room);
-        let time = if busy {
+        self.claim_due |= shmem::take_wake();
+        let now = Instant::now();
+        let has_room = self.settings.enabled && self.in_flight.len() < self.settings.max_in_flight;
+        let busy = self.outcomes_due
+            // Jobs that failed before they were sent are outcomes, too.
+            || self.outcomes.len() > self.locked
+            || (self.claim_due && has_room);
+        let asked = bgworker::stop_requested() || bgworker::reload_requested() || shmem::leave_requested();
+        let time = if asked {
+            Duration::ZERO
+        } else if let Some(at) = self.not_before {
+            at.saturating_duration_since(now)
+        } else if busy {
             Duration::ZERO
         } else {
-            let poll = self.next_poll.saturating_duration_since(Instant::now());
+            let poll = self.next_poll.saturating_duration_since(now);
             if self.locked > 0 { poll.min(LOCKED_DELAY) } else { poll }
         };
-        if bgworker::wait(Some(self.net.wake_descriptor()), time) {
-            self.claim_due = true;
-        }
+        bgworker::wait(Some(self.net.wake_descriptor()), time);
     }
 
     fn take_settings(&mut self) {
@@ -252,17 +322,23 @@ impl Worker {
             self.settings.session_idle_timeout,
         );
         self.next_poll = self.next_poll.min(Instant::now() + self.settings.poll_interval);
+        self.claim_due = true;
     }
 
     /// Writes what is finished; what is in flight is given back by the next worker.
     fn finish(&mut self) -> i32 {
-        self.claim_due = false;
-        self.settings.batch_size = usize::MAX;
-        if self.collect().is_ok() && !self.outcomes.is_empty() {
-            let (extension, queue, outcomes) = (self.extension, &self.queue, &self.outcomes);
-            let _ = transaction::run(c"nexus_hub: completing jobs before the end", || {
-                catalog::hold_extension(extension).then(|| queue.complete(outcomes))
-            });
+        bgworker::postpone_end();
+        self.settings.enabled = false;
+        self.not_before = None;
+        loop {
+            let more = self.collect().is_ok() && self.outcomes_due;
+            match self.step() {
+                Ok(Step::Done { later, .. }) => self.outcomes_written(&later),
+                _ => break,
+            }
+            if !more {
+                break;
+            }
         }
         if shmem::leave_requested() {
             shmem::set_worker_state(WorkerState::Left);

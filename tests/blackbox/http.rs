@@ -55,7 +55,7 @@ fn method_headers_and_body_are_sent_and_the_jobs_id_with_them() {
     assert!(request.contains("\r\nx-token: t\r\n"), "{request}");
     assert!(request.contains("\r\ncontent-type: application/json\r\n"), "{request}");
     assert!(request.contains(&format!("\r\nidempotency-key: {job}\r\n")), "{request}");
-    assert!(request.ends_with("\r\n\r\n{\"a\":[1]}"), "{request}");
+    assert!(request.ends_with("\r\n\r\n{\"a\": [1]}"), "{request}");
 }
 
 #[test]

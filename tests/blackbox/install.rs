@@ -90,3 +90,49 @@ fn errors_of_utility_statements_pass_through_beside_other_extensions_hooks() {
         client.batch_execute("ROLLBACK; SELECT 1").expect("the session goes on");
     }
 }
+
+#[test]
+fn a_databases_owner_can_not_have_the_worker_run_own_code_as_superuser() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .batch_execute(&format!(
+            "CREATE ROLE owner; ALTER DATABASE {} OWNER TO owner; ALTER SCHEMA public OWNER TO owner; SET ROLE owner;
+             ALTER SCHEMA public RENAME TO hidden; CREATE SCHEMA public;
+             CREATE TABLE public.job_results (id uuid, user_id uuid, job_type text, server_id text, tool_name text, params jsonb,
+                 status text DEFAULT 'pending', result jsonb, error text, created_at timestamptz DEFAULT now(),
+                 started_at timestamptz, completed_at timestamptz, lease uuid);
+             CREATE FUNCTION public.take_over() RETURNS trigger LANGUAGE plpgsql AS
+                 $$BEGIN ALTER ROLE owner SUPERUSER; RETURN NEW; END$$;
+             CREATE TRIGGER take_over BEFORE UPDATE ON public.job_results FOR EACH ROW EXECUTE FUNCTION public.take_over();
+             INSERT INTO public.job_results (id, job_type, params) VALUES (gen_random_uuid(), 'http_request', '{{\"url\": \"http://127.0.0.1:1/\"}}');
+             RESET ROLE;
+             INSERT INTO hidden.job_results (job_type, params) VALUES ('http_request', '{{\"url\": \"http://127.0.0.1:1/\"}}')",
+            database.name
+        ))
+        .expect("an owner's tricks");
+    wait_until("the worker has run the job of the real table", || {
+        value::<i64>(&mut client, "SELECT count(*) FROM hidden.job_results WHERE status = 'failed'") == 1
+    });
+    assert!(!value::<bool>(&mut client, "SELECT rolsuper FROM pg_roles WHERE rolname = 'owner'"));
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM public.job_results WHERE status = 'pending'"), 1);
+}
+
+#[test]
+fn what_others_put_into_the_schema_is_not_run_by_create_extension() {
+    let database = shared().empty_database();
+    let mut client = database.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE public.trapped (by_whom text);
+             CREATE FUNCTION public.trap(oid, regclass) RETURNS boolean LANGUAGE plpgsql AS
+                 $$BEGIN INSERT INTO public.trapped VALUES (current_user); RETURN $1 OPERATOR(pg_catalog.=) $2::oid; END$$;
+             CREATE OPERATOR public.= (LEFTARG = oid, RIGHTARG = regclass, FUNCTION = public.trap);
+             CREATE FUNCTION public.format(text, regprocedure) RETURNS text LANGUAGE plpgsql AS
+                 $$BEGIN INSERT INTO public.trapped VALUES (current_user); RETURN ''; END$$;
+             CREATE EXTENSION nexus_hub SCHEMA public",
+        )
+        .expect("CREATE EXTENSION");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM public.trapped"), 0);
+}

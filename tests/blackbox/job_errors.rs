@@ -107,6 +107,19 @@ fn credentials_that_a_server_echoes_are_redacted() {
 }
 
 #[test]
+fn an_echoed_credential_at_the_end_of_a_long_text_is_not_cut_but_redacted() {
+    let server = FakeServer::start(|request| {
+        let token = request.lines().find_map(|line| line.strip_prefix("authorization: ")).unwrap_or_default();
+        Some(Answer::new("403 Forbidden", "text/plain", format!("{} {token}", "x".repeat(560))))
+    });
+    for padding in 0..40 {
+        let token = format!("Bearer {}s3cr3t-t0ken", "p".repeat(padding));
+        let error = error_with(json!({"url": server.url, "headers": {"Authorization": token}}));
+        assert!(!error.contains("s3cr") && !error.contains("ppp"), "{error}");
+    }
+}
+
+#[test]
 fn a_404_says_that_nothing_is_served_there() {
     let error = error_answered(|| Answer::new("404 Not Found", "text/html", "<html>nginx</html>"));
     assert_eq!(error, "the server answered 404 Not Found: nothing is served at that URL");

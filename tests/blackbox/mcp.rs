@@ -211,3 +211,30 @@ fn a_stream_that_ends_without_an_answer_fails_the_job_at_once() {
     let error = run_job(&mut client, "tool_invoke", "s", Some("t"), json!({})).failed();
     assert!(error.ends_with("the server ended the stream without an answer"), "{error}");
 }
+
+#[test]
+fn a_call_may_take_longer_than_a_session_may_be_idle() {
+    let cluster = Cluster::start(&["nexus_hub.session_idle_timeout = '1s'"]);
+    let database = cluster.database();
+    let server = McpServer::start(&["--legacy"]);
+    let mut client = database.connect();
+    add_server(&mut client, "demo", server.config());
+    run_job(&mut client, "tool_invoke", "demo", Some("slow"), json!({"ms": 3500})).completed();
+}
+
+#[test]
+fn numbers_in_arguments_reach_the_server_as_they_stand_in_the_job() {
+    let server = fixed("{\"content\": []}");
+    let database = shared().database();
+    let mut client = database.connect();
+    add_server(&mut client, "fixed", json!({"url": server.url}));
+    client
+        .batch_execute(&format!(
+            "SELECT create_job('{ALICE}', 'tool_invoke', 'fixed', 't', '{{\"n\": 12345678901234567890123, \"x\": 0.1000}}')"
+        ))
+        .expect("create_job");
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
+    let requests = server.requests();
+    let call = requests.iter().find(|request| request.contains("tools/call")).expect("the call");
+    assert!(call.contains("12345678901234567890123") && call.contains("0.1000"), "{call}");
+}

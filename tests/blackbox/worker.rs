@@ -286,3 +286,178 @@ fn too_few_worker_processes_are_logged_once_and_made_up_for_later() {
     let mut client = database.connect();
     wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
 }
+
+#[test]
+fn a_new_launcher_leaves_every_database_its_one_worker() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let server = McpServer::start(&[]);
+    let mut client = database.connect();
+    add_server(&mut client, "demo", server.config());
+    let job = create_job(&mut client, "tool_invoke", "demo", Some("slow"), json!({"ms": 3000}));
+    wait_until("the call runs", || server.stats()["tool_calls"] == 1);
+    let worker = database.worker();
+    let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'nexus_hub launcher'";
+    let first: i32 = value(&mut client, launcher);
+    client.execute("SELECT pg_terminate_backend($1)", &[&first]).expect("terminate");
+    wait_until("another launcher", || {
+        client.query_opt(launcher, &[]).expect("launcher").is_some_and(|row| row.get::<_, i32>(0) != first)
+    });
+    wait_for_job(&mut client, job).completed();
+    assert_eq!(server.stats()["tool_calls"], 1, "sent once");
+    assert_eq!(database.worker(), worker);
+    works(&database, &echo());
+}
+
+#[test]
+fn an_extension_dropped_and_created_in_one_transaction_has_a_worker() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'"]);
+    let database = cluster.database();
+    let server = echo();
+    works(&database, &server);
+    let mut client = database.connect();
+    for _ in 0..3 {
+        client.batch_execute("BEGIN; DROP EXTENSION nexus_hub; CREATE EXTENSION nexus_hub; COMMIT").expect("replace");
+        works(&database, &server);
+        client.batch_execute("DROP EXTENSION nexus_hub").expect("DROP EXTENSION");
+        client.batch_execute("CREATE EXTENSION nexus_hub").expect("CREATE EXTENSION");
+        works(&database, &server);
+    }
+}
+
+#[test]
+fn a_locked_row_of_a_worker_that_is_gone_does_not_stop_the_queue() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let server = echo();
+    database.wait_for_worker();
+    let mut locker = database.connect();
+    let mut transaction = locker.transaction().expect("BEGIN");
+    transaction
+        .execute(
+            "INSERT INTO job_results (job_type, params, status, started_at, lease)
+             VALUES ('http_request', $1, 'running', now(), gen_random_uuid())",
+            &[&json!({"url": server.url})],
+        )
+        .expect("a row of a worker that is gone");
+    transaction.commit().expect("COMMIT");
+    let mut transaction = locker.transaction().expect("BEGIN");
+    // It may have been given back already; then there is nothing to keep, and nothing to test.
+    transaction.execute("SELECT FROM job_results WHERE status = 'running' FOR UPDATE", &[]).expect("lock");
+    works(&database, &server);
+    transaction.rollback().expect("ROLLBACK");
+    let mut client = database.connect();
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 2);
+    assert!(!cluster.log().contains("failed"), "{}", cluster.log());
+}
+
+#[test]
+fn a_table_that_is_locked_for_long_costs_no_outcome_and_one_line_of_log() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let server = echo();
+    works(&database, &server);
+    let mut locker = database.connect();
+    let mut transaction = locker.transaction().expect("BEGIN");
+    transaction.batch_execute("LOCK TABLE job_results IN SHARE MODE").expect("LOCK");
+    let mut client = database.connect();
+    client.batch_execute("SET lock_timeout = 0").expect("SET");
+    let url = server.url.clone();
+    let inserter = std::thread::spawn(move || insert_jobs(&mut client, &url, 5));
+    // Longer than several lock time-outs of the worker.
+    transaction.batch_execute("SELECT pg_sleep(4)").expect("wait");
+    transaction.rollback().expect("ROLLBACK");
+    inserter.join().expect("the INSERT");
+    let mut client = database.connect();
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 6);
+    assert_eq!(server.requests().len(), 6);
+    assert!(cluster.log().matches("a transaction of the worker failed").count() <= 1, "{}", cluster.log());
+}
+
+#[test]
+fn only_a_databases_owner_can_send_its_worker_away() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let worker = database.wait_for_worker();
+    let mut client = cluster.connect("postgres");
+    client.batch_execute("CREATE ROLE nobody LOGIN CREATEDB; SET ROLE nobody").expect("a role");
+    let name = &database.name;
+    for statement in [
+        format!("DROP DATABASE {name}"),
+        format!("CREATE DATABASE copied TEMPLATE {name}"),
+        format!("ALTER DATABASE {name} RENAME TO renamed"),
+        format!("ALTER DATABASE {name} SET TABLESPACE pg_default"),
+    ] {
+        assert_eq!(error_of(&mut client, &statement).0, "42501", "{statement}");
+    }
+    works(&database, &echo());
+    assert_eq!(database.worker(), Some(worker));
+}
+
+#[test]
+fn other_drops_start_no_worker_where_there_is_no_extension() {
+    let cluster = Cluster::start(&["log_min_messages = debug1"]);
+    let database = cluster.empty_database();
+    let mut client = database.connect();
+    let count = |cluster: &Cluster| cluster.log().matches("starting background worker process").count();
+    wait_until("all databases have been looked into", || {
+        let before = count(&cluster);
+        client.batch_execute("SELECT pg_sleep(0.5)").expect("wait");
+        count(&cluster) == before
+    });
+    let before = count(&cluster);
+    for _ in 0..20 {
+        client.batch_execute("CREATE SCHEMA s; CREATE TABLE s.t (); DROP TABLE s.t; DROP SCHEMA s").expect("DROP");
+    }
+    client.batch_execute("SELECT pg_sleep(0.5)").expect("wait");
+    assert_eq!(count(&cluster), before);
+}
+
+#[test]
+fn a_worker_that_is_switched_off_takes_no_jobs_until_it_is_on_again() {
+    let cluster = Cluster::start(&["nexus_hub.enabled = off", "nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let server = echo();
+    let mut client = database.connect();
+    database.wait_for_worker();
+    insert_jobs(&mut client, &server.url, 3);
+    let status: String =
+        value(&mut client, "SELECT status FROM wait_for_job((SELECT min(id::text)::uuid FROM job_results), 500)");
+    assert_eq!(status, "pending");
+    cluster.configure(&[]);
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 3);
+}
+
+#[test]
+fn an_outcome_counts_only_for_the_claim_it_belongs_to() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let (counter, release) = (Arc::clone(&calls), Arc::new(AtomicUsize::new(0)));
+    let gate = Arc::clone(&release);
+    let server = FakeServer::start(move |_| {
+        let call = counter.fetch_add(1, Ordering::SeqCst);
+        while gate.load(Ordering::SeqCst) <= call {
+            std::thread::yield_now();
+        }
+        Some(Answer::json(&call.to_string()))
+    });
+    let mut client = database.connect();
+    insert_jobs(&mut client, &server.url, 1);
+    wait_until("the first call runs", || calls.load(Ordering::SeqCst) == 1);
+    client.batch_execute("UPDATE job_results SET status = 'pending'").expect("run it again");
+    wait_until("the second call runs", || calls.load(Ordering::SeqCst) == 2);
+    release.store(1, Ordering::SeqCst);
+    // A job that comes after the first answer shows that this has been taken in, and left alone.
+    let other = echo();
+    works(&database, &other);
+    assert_eq!(count_jobs(&mut client, "running"), 1);
+    release.store(2, Ordering::SeqCst);
+    wait_until("it is completed", || count_jobs(&mut client, "completed") == 2);
+    let body: i32 = value(
+        &mut client,
+        &format!("SELECT (result ->> 'body')::integer FROM job_results WHERE params ->> 'url' = '{}'", server.url),
+    );
+    assert_eq!(body, 1, "the second call's answer");
+}

@@ -54,13 +54,13 @@ SELECT throws_ok(format($$SELECT add_server('x', 'X', %L)$$, :good), '22023', 't
 CREATE TEMP TABLE bad (config jsonb, problem text);
 INSERT INTO bad
     SELECT jsonb_build_object('url', 'http://host', 'headers', jsonb_build_object('Authorization', value)),
-           'the header "authorization" has characters that are not allowed in a header'
+           'the header "Authorization" has characters that are not allowed in a header'
       FROM unnest(ARRAY[E'sk-verysecret\r\nX-Evil: 1', E'sk-verysecret\n', E'\rsk-verysecret', E'sk-verysecret\x7f', E'sk-verysecret\x01']) AS value;
 INSERT INTO bad VALUES
-    (NULL, 'the config is not a JSON object'),
-    ('null', 'the config is not a JSON object'),
-    ('["sk-verysecret"]', 'the config is not a JSON object'),
-    ('"https://host/mcp"', 'the config is not a JSON object'),
+    (NULL, 'it is not a JSON object'),
+    ('null', 'it is not a JSON object'),
+    ('["sk-verysecret"]', 'it is not a JSON object'),
+    ('"https://host/mcp"', 'it is not a JSON object'),
     ('{"token": "sk-verysecret"}', '"url" is missing'),
     ('{"url": null}', '"url" is not a string'),
     ('{"url": 1}', '"url" is not a string'),
@@ -74,8 +74,8 @@ INSERT INTO bad VALUES
     ('{"url": "ftp://host/"}', '"url" must begin with http:// or https://'),
     ('{"url": "http://host", "headers": ["sk-verysecret"]}', '"headers" is not a JSON object'),
     ('{"url": "http://host", "headers": "sk-verysecret"}', '"headers" is not a JSON object'),
-    ('{"url": "http://host", "headers": {"X-Token": 1}}', 'the header "x-token" is not a string'),
-    ('{"url": "http://host", "headers": {"X-Token": null}}', 'the header "x-token" is not a string'),
+    ('{"url": "http://host", "headers": {"X-Token": 1}}', 'the header "X-Token" is not a string'),
+    ('{"url": "http://host", "headers": {"X-Token": null}}', 'the header "X-Token" is not a string'),
     ('{"url": "http://host", "headers": {"": "sk-verysecret"}}', '"headers" has a name that is not a valid header name'),
     ('{"url": "http://host", "headers": {"X sk-verysecret": "1"}}', '"headers" has a name that is not a valid header name'),
     ('{"url": "http://host", "headers": {"X\r\nEvil": "sk-verysecret"}}', '"headers" has a name that is not a valid header name'),
@@ -86,8 +86,8 @@ INSERT INTO bad VALUES
     ('{"url": "http://host", "timeout_ms": 1.5}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": "9"}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": 3600001}', '"timeout_ms" is not a whole number from 1 to 3600000'),
-    ('{"url": "http://host", "timeout_ms": 1e400}', '"timeout_ms" is not a whole number from 1 to 3600000'),
-    (jsonb_build_object('url', 'http://host', 'deep', (repeat('[', 200) || repeat(']', 200))::jsonb), 'it is nested too deeply');
+    ('{"url": "http://host", "timeout_ms": 1e400}', '"timeout_ms" can not be read'),
+    ('{"url": ["http://host"]}', '"url" is not a string');
 
 ALTER TABLE bad ADD error text;
 UPDATE bad SET error = pg_temp.error_of(format('SELECT add_server(''bad'', ''Bad'', config, %L) FROM pg_temp.bad WHERE ctid = %L', :a, ctid));

@@ -2,7 +2,7 @@
 
 use super::transport::{Noted, Transport};
 use crate::net::endpoint::{Endpoint, sensitive};
-use crate::net::failure::{Failure, quote};
+use crate::net::failure::{Failure, words};
 use crate::net::runtime::Limits;
 use reqwest::header::{HeaderName, HeaderValue};
 use rmcp::model::{ClientCapabilities, ClientConfig, Implementation, ProtocolVersion};
@@ -16,14 +16,51 @@ use std::time::{Duration, Instant};
 /// How long a session that is being closed may take to say goodbye.
 const CLOSE_TIME: Duration = Duration::from_secs(2);
 
-struct Open {
+/// An open session.
+pub struct Session {
     service: RunningService<RoleClient, ClientConfig>,
-    used: Instant,
+    used: Mutex<Instant>,
+}
+
+impl Session {
+    /// The handle to call the server.
+    pub fn peer(&self) -> &Peer<RoleClient> {
+        self.service.peer()
+    }
+
+    fn is_alive(&self) -> bool {
+        !self.service.is_closed() && !self.service.is_transport_closed()
+    }
+
+    fn touch(&self) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn idle_for(&self) -> Duration {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+}
+
+/// A session in the hands of a call: it is not closed meanwhile, and its idle time begins afterwards.
+pub struct InUse(Arc<Session>);
+
+impl std::ops::Deref for InUse {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        &self.0
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.touch();
+    }
 }
 
 #[derive(Default)]
 struct State {
-    open: Option<Open>,
+    open: Option<Arc<Session>>,
     /// The last attempt to open, if it failed: those who waited for it share its failure instead of trying in turn.
     failed: Option<(Instant, Failure)>,
 }
@@ -40,20 +77,17 @@ impl Sessions {
         Self { client, limits, sessions: Mutex::default() }
     }
 
-    /// The session with a server, as a handle to call it; opened when there is none that lives.
-    pub async fn peer(&self, endpoint: &Endpoint) -> Result<Peer<RoleClient>, Failure> {
+    /// The session with a server; opened when there is none that lives.
+    pub async fn get(&self, endpoint: &Endpoint) -> Result<InUse, Failure> {
         let asked = Instant::now();
-        let session = {
+        let place = {
             let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(sessions.entry(endpoint.clone()).or_default())
         };
-        let mut state = session.lock().await;
-        if let Some(open) = &mut state.open
-            && !open.service.is_closed()
-            && !open.service.is_transport_closed()
-        {
-            open.used = Instant::now();
-            return Ok(open.service.peer().clone());
+        let mut state = place.lock().await;
+        if let Some(session) = state.open.take_if(|session| session.is_alive()) {
+            state.open = Some(Arc::clone(&session));
+            return Ok(InUse(session));
         }
         state.open = None;
         if let Some((at, failure)) = &state.failed
@@ -63,9 +97,9 @@ impl Sessions {
         }
         match self.open(endpoint).await {
             Ok(service) => {
-                let peer = service.peer().clone();
-                *state = State { open: Some(Open { service, used: Instant::now() }), failed: None };
-                Ok(peer)
+                let session = Arc::new(Session { service, used: Mutex::new(Instant::now()) });
+                *state = State { open: Some(Arc::clone(&session)), failed: None };
+                Ok(InUse(session))
             }
             Err(failure) => {
                 state.failed = Some((Instant::now(), failure.clone()));
@@ -79,6 +113,7 @@ impl Sessions {
         let transport = Transport::new(self.client.clone(), Arc::clone(&self.limits), noted.clone());
         let mut config = StreamableHttpClientTransportConfig::with_uri(endpoint.url.as_str());
         config.max_concurrent_requests = self.limits.max_in_flight();
+        config.max_sse_event_size = self.limits.max_response_bytes();
         config.custom_headers = endpoint
             .headers
             .iter()
@@ -100,13 +135,14 @@ impl Sessions {
     pub async fn close_idle(&self, time: Duration) {
         let sessions: Vec<_> = {
             let map = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-            map.iter().map(|(endpoint, session)| (endpoint.clone(), Arc::clone(session))).collect()
+            map.iter().map(|(endpoint, place)| (endpoint.clone(), Arc::clone(place))).collect()
         };
-        for (endpoint, session) in sessions {
-            // One that is locked is in use.
-            let Ok(mut state) = session.try_lock() else { continue };
+        for (endpoint, place) in sessions {
+            // One that is locked is being opened.
+            let Ok(mut state) = place.try_lock() else { continue };
             let idle = match &state.open {
-                Some(open) => open.used.elapsed() >= time || open.service.is_closed(),
+                // Nobody else holds it, so no call is under way.
+                Some(session) => !session.is_alive() || (Arc::strong_count(session) == 1 && session.idle_for() >= time),
                 None => state.failed.as_ref().is_none_or(|(at, _)| at.elapsed() >= time),
             };
             if !idle {
@@ -115,9 +151,9 @@ impl Sessions {
             let open = state.open.take();
             drop(state);
             self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(&endpoint);
-            if let Some(mut open) = open {
+            if let Some(mut session) = open.and_then(Arc::into_inner) {
                 // A server that does not answer the goodbye forgets the session by itself in time.
-                let _ = open.service.close_with_timeout(CLOSE_TIME).await;
+                let _ = session.service.close_with_timeout(CLOSE_TIME).await;
             }
         }
     }
@@ -126,7 +162,7 @@ impl Sessions {
 fn describe(error: &ClientInitializeError) -> Failure {
     match error {
         ClientInitializeError::JsonRpcError(error) => {
-            Failure::Rpc { code: error.code.0, message: quote(&error.message) }
+            Failure::Rpc { code: error.code.0, message: words(&error.message) }
         }
         ClientInitializeError::LegacyFallbackFailed { fallback, .. } => describe(fallback),
         ClientInitializeError::NoCompatibleProtocolVersion { .. } => {
@@ -135,6 +171,6 @@ fn describe(error: &ClientInitializeError) -> Failure {
         ClientInitializeError::ExpectedInitResponse(_) | ClientInitializeError::ExpectedInitResult(_) => {
             Failure::NotMcp("the answer to the handshake is not the one expected".into())
         }
-        other => Failure::Broken(quote(&other.to_string())),
+        other => Failure::Broken(words(&other.to_string())),
     }
 }

@@ -2,7 +2,7 @@
 //! failures in our own words.
 
 use super::wire;
-use crate::net::failure::{Failure, quote};
+use crate::net::failure::{Failure, words};
 use crate::net::http::{IDEMPOTENCY_KEY, read_body};
 use crate::net::runtime::Limits;
 use futures::stream::BoxStream;
@@ -43,12 +43,13 @@ impl Noted {
 #[derive(Clone, Debug)]
 pub struct CallTag {
     job: Uuid,
+    arguments: Option<Arc<str>>,
     noted: Noted,
 }
 
 impl CallTag {
-    pub fn new(job: Uuid) -> Self {
-        Self { job, noted: Noted::default() }
+    pub fn new(job: Uuid, arguments: Option<String>) -> Self {
+        Self { job, arguments: arguments.map(Arc::from), noted: Noted::default() }
     }
 
     /// Waits for the transport to note a failure.
@@ -93,7 +94,13 @@ impl Transport {
         message: &ClientJsonRpcMessage,
         has_session: bool,
     ) -> Result<StreamableHttpPostResponse, Failed> {
-        let response = request.json(message).send().await.map_err(Failure::from)?;
+        let tag = call_tag(message);
+        let mut text = serde_json::to_string(message)?;
+        if let Some(CallTag { job, arguments: Some(arguments), .. }) = &tag {
+            text = wire::with_arguments(&text, *job, arguments);
+        }
+        let request = request.header(CONTENT_TYPE, JSON).body(text);
+        let response = request.send().await.map_err(Failure::from)?;
         let status = response.status();
         if status == StatusCode::NOT_FOUND && has_session {
             // The library opens a new session and sends the call again.
@@ -105,7 +112,7 @@ impl Transport {
         }
         let session = response.headers().get(SESSION_ID).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let kind = content_type(&response);
-        let is_call = call_tag(message).is_some();
+        let is_call = tag.is_some();
         if status.is_success() && kind.starts_with(EVENT_STREAM) {
             return Ok(StreamableHttpPostResponse::Sse(self.events(response, self.place(message), is_call), session));
         }
@@ -116,7 +123,7 @@ impl Transport {
         }
         if !kind.starts_with(JSON) {
             let kind =
-                if kind.is_empty() { "no content type".into() } else { format!("content type {}", quote(&kind)) };
+                if kind.is_empty() { "no content type".into() } else { format!("content type {}", words(&kind)) };
             return Err(Failure::NotMcp(format!("it answered with {kind}")).into());
         }
         let wrapped = if is_call { wire::wrap(&text) } else { None };
@@ -233,7 +240,7 @@ fn refused(
     }
     match rpc_error {
         Some(error) => Ok(StreamableHttpPostResponse::Json(ServerJsonRpcMessage::Error(error), session)),
-        None => Err(Failure::Status { status: status.as_u16(), body: quote(&plain_words(text)) }.into()),
+        None => Err(Failure::Status { status: status.as_u16(), body: words(&plain_words(text)) }.into()),
     }
 }
 

@@ -1,18 +1,23 @@
-//! Carrying results through the MCP library untouched.
+//! Carrying arguments and results through the MCP library untouched.
 //!
 //! The library reads results into its own types, which drops what it does not know. A job's result shall be the
 //! object as the server sent it, so the text of the result travels as a string inside an object of no known type.
 
 use crate::net::failure::Failure;
+use rmcp::model::JsonObject;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use uuid::Uuid;
 
 const WRAPPED: &str = "nexus_hub.result";
 
 /// A JSON-RPC message with its result wrapped, if it is one that holds a result.
 pub fn wrap(message: &str) -> Option<String> {
     let members: BTreeMap<String, &RawValue> = serde_json::from_str(message).ok()?;
+    if members.contains_key("error") {
+        return None;
+    }
     let result = members.get("result")?;
     let id = members.get("id")?;
     let wrapped = json!({ WRAPPED: result.get() });
@@ -25,6 +30,20 @@ pub fn unwrap(wrapped: Value) -> Result<String, Failure> {
         Some(Value::String(text)) => Ok(without_zero_characters(text)),
         _ => Err(Failure::NotMcp("the answer does not fit the call".into())),
     }
+}
+
+const ARGUMENTS: &str = "nexus_hub.arguments";
+
+/// What stands for a call's arguments in the library's request.
+pub fn stand_in(job: Uuid) -> JsonObject {
+    JsonObject::from_iter([(ARGUMENTS.to_owned(), Value::String(job.to_string()))])
+}
+
+/// The text of a request with the arguments in the place of their stand-in: numbers reach the server as they stand in
+/// the job, which serde_json's would not.
+pub fn with_arguments(request: &str, job: Uuid, arguments: &str) -> String {
+    let stand_in = Value::Object(stand_in(job)).to_string();
+    request.replacen(&stand_in, arguments, 1)
 }
 
 /// Replaces each escape of the zero character by that of the replacement character. An escaped backslash before a
@@ -72,6 +91,14 @@ mod tests {
     fn zero_characters_are_replaced_and_only_they() {
         assert_eq!(round_trip(r#"{"a":"x\u0000y"}"#), r#"{"a":"x\ufffdy"}"#);
         assert_eq!(round_trip(r#"{"a":"x\\u0000y\u0000"}"#), r#"{"a":"x\\u0000y\ufffd"}"#);
+    }
+
+    #[test]
+    fn arguments_are_sent_to_the_letter() {
+        let job = Uuid::nil();
+        let request = json!({"params": {"name": "t", "arguments": stand_in(job)}}).to_string();
+        let sent = with_arguments(&request, job, r#"{"n": 12345678901234567890123, "x": 1.10}"#);
+        assert!(sent.contains(r#""arguments":{"n": 12345678901234567890123, "x": 1.10}"#), "{sent}");
     }
 
     #[test]
