@@ -299,30 +299,18 @@ CREATE FUNCTION _nexus_hub.complete_jobs(p_ids uuid[], p_leases uuid[], p_status
 RETURNS SETOF uuid
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '20ms'
 AS $$
 BEGIN
     BEGIN
-        -- SKIP LOCKED: a row that a session keeps locked must not hold up the others.
-        RETURN QUERY
-        WITH outcome AS (
-            SELECT * FROM unnest(p_ids, p_leases, p_statuses, p_results, p_errors) AS o (id, lease, status, result, error)
-        ), held AS (
-            SELECT j.id, j.lease FROM _nexus_hub.job_results j
-             WHERE j.id = ANY (p_ids) AND j.status = 'running' AND j.lease = ANY (p_leases)
-               FOR NO KEY UPDATE SKIP LOCKED
-        ), written AS (
-            UPDATE _nexus_hub.job_results j
-               SET status = o.status, result = o.result::jsonb, error = o.error, completed_at = clock_timestamp(), lease = NULL
-              FROM outcome o JOIN held h ON h.id = o.id AND h.lease = o.lease
-             WHERE j.id = o.id
-            RETURNING j.id
-        )
-        SELECT o.id
-          FROM outcome o JOIN _nexus_hub.job_results j ON j.id = o.id AND j.status = 'running' AND j.lease = o.lease
-         WHERE NOT EXISTS (SELECT FROM written w WHERE w.id = j.id);
+        UPDATE _nexus_hub.job_results j
+           SET status = o.status, result = o.result::jsonb, error = o.error, completed_at = clock_timestamp(), lease = NULL
+          FROM unnest(p_ids, p_leases, p_statuses, p_results, p_errors) AS o (id, lease, status, result, error)
+         WHERE j.id = o.id AND j.status = 'running' AND j.lease = o.lease;
         RETURN;
-    EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
-        -- One answer that jsonb can't hold must not take the others with it: one by one.
+    EXCEPTION WHEN data_exception OR program_limit_exceeded OR lock_not_available THEN
+        -- One answer that jsonb can't hold, or one row that a session keeps locked, must not hold up the others: one by
+        -- one, passing over what is locked.
         NULL;
     END;
     FOR i IN 1 .. cardinality(p_ids) LOOP

@@ -173,6 +173,20 @@ pub fn exit(code: i32) -> ! {
     unsafe { pg_sys::proc_exit(code) }
 }
 
+/// Raises the process's limit of file descriptors as far as the system lets it, and returns it.
+pub fn raise_descriptor_limit() -> usize {
+    // SAFETY: the struct is filled by the first call; a failure of either leaves the limit as it was.
+    let limit = unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) != 0 {
+            return 1024;
+        }
+        let raised = libc::rlimit { rlim_cur: limit.rlim_max, rlim_max: limit.rlim_max };
+        if libc::setrlimit(libc::RLIMIT_NOFILE, &raised) == 0 { raised.rlim_cur } else { limit.rlim_cur }
+    };
+    usize::try_from(limit).unwrap_or(usize::MAX)
+}
+
 /// Whether this process is one of the extension's workers.
 pub fn is_own_worker() -> bool {
     // SAFETY: NULL in other processes; in a worker it points to its registration, made by `start` or `register_launcher`.

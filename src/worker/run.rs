@@ -22,13 +22,17 @@ const RETRY_DELAY: Duration = Duration::from_millis(200);
 const LOCKED_DELAY: Duration = Duration::from_millis(50);
 /// Transactions that may fail in a row, with nothing to be lost, before the worker starts anew.
 const MAX_FAILURES: u32 = 20;
+/// Descriptors that are not for requests: files of PostgreSQL, sessions, the way to the network thread.
+const OTHER_DESCRIPTORS: usize = 200;
 /// Answers written in one transaction: PostgreSQL takes no array of more than 1 GB.
 const MAX_BATCH_BYTES: usize = 32 * 1024 * 1024;
 
 /// How a transaction went.
 enum Step {
     Done {
-        /// Jobs whose rows were locked.
+        /// Jobs whose outcomes the transaction dealt with…
+        tried: HashSet<Uuid>,
+        /// … but for these, whose rows are locked.
         later: Vec<Uuid>,
         claimed: Vec<ClaimedJob>,
     },
@@ -41,13 +45,16 @@ struct Worker {
     queue: Queue,
     net: Net,
     limits: Arc<Limits>,
+    descriptors: usize,
     settings: WorkerSettings,
     /// Jobs that the network thread has, with the leases they were claimed under.
     in_flight: HashSet<(Uuid, Uuid)>,
     /// Outcomes that are not written yet.
     outcomes: Vec<Outcome>,
-    /// How many of them could not be written, because a session keeps their rows locked.
-    locked: usize,
+    /// The jobs of those that could not be written, because a session keeps their rows locked.
+    locked: HashSet<Uuid>,
+    /// When to try these again.
+    unlock_look: Instant,
     /// Whether the last look at the network thread ended with a full batch: there may be more.
     outcomes_due: bool,
     /// Outcomes to write in one transaction; less after a failure, until the one that can't be written is found.
@@ -83,7 +90,8 @@ pub fn main(slot: usize) -> i32 {
             return RESTART;
         }
     };
-    let settings = guc::worker_settings();
+    let descriptors = bgworker::raise_descriptor_limit();
+    let settings = settings(descriptors);
     let limits =
         Arc::new(Limits::new(settings.max_in_flight, settings.max_response_bytes, settings.session_idle_timeout));
     let net = match bgworker::with_signals_blocked(|| Net::start(Arc::clone(&limits))) {
@@ -100,10 +108,12 @@ pub fn main(slot: usize) -> i32 {
         queue,
         net,
         limits,
+        descriptors,
         settings,
         in_flight: HashSet::new(),
         outcomes: Vec::new(),
-        locked: 0,
+        locked: HashSet::new(),
+        unlock_look: Instant::now(),
         outcomes_due: false,
         batch_limit: usize::MAX,
         claim_due: true,
@@ -113,6 +123,18 @@ pub fn main(slot: usize) -> i32 {
         not_before: None,
     }
     .work()
+}
+
+/// The settings, with no more requests in flight than there are descriptors for: one for each, and one for a
+/// connection that is kept for the next request.
+fn settings(descriptors: usize) -> WorkerSettings {
+    let mut settings = guc::worker_settings();
+    let most = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).max(1);
+    if settings.max_in_flight > most {
+        log!("nexus_hub: only {most} requests at a time: the limit of open files is {descriptors}");
+        settings.max_in_flight = most;
+    }
+    settings
 }
 
 impl Worker {
@@ -131,8 +153,8 @@ impl Worker {
                 return RESTART;
             }
             match self.step() {
-                Ok(Step::Done { later, claimed }) => {
-                    self.outcomes_written(&later);
+                Ok(Step::Done { tried, later, claimed }) => {
+                    self.forget(&tried, &later);
                     claimed.into_iter().for_each(|job| self.send(job));
                 }
                 Ok(Step::ExtensionGone { replaced }) => {
@@ -155,7 +177,7 @@ impl Worker {
         self.net.acknowledge_wake();
         // Not counting the locked ones, or a batch of them would keep all others out.
         let mut bytes = 0;
-        while self.outcomes.len() - self.locked < self.settings.batch_size && bytes < MAX_BATCH_BYTES {
+        while self.outcomes.len() - self.locked.len() < self.settings.batch_size && bytes < MAX_BATCH_BYTES {
             let Some(outcome) = self.net.next_outcome()? else {
                 self.outcomes_due = false;
                 return Ok(());
@@ -169,27 +191,28 @@ impl Worker {
         Ok(())
     }
 
-    /// The outcomes for the next transaction: the newest first, because the oldest may be locked ones.
-    fn batch(&self) -> Vec<&Outcome> {
+    /// The outcomes for the next transaction. Those whose rows were locked are tried again by themselves, now and then.
+    fn batch(&self, now: Instant) -> Vec<&Outcome> {
+        let locked_ones = !self.locked.is_empty() && now >= self.unlock_look;
+        let outcomes = self.outcomes.iter().filter(|outcome| self.locked.contains(&outcome.job) == locked_ones);
         let mut bytes = 0;
         let fits = |outcome: &&Outcome| {
             bytes += outcome.verdict.bytes();
             // One is always taken, however large.
             bytes <= MAX_BATCH_BYTES || bytes == outcome.verdict.bytes()
         };
-        self.outcomes.iter().rev().take(self.batch_limit).take_while(fits).collect()
+        outcomes.take(self.batch_limit).take_while(fits).collect()
     }
 
     /// One transaction: gives back what others left, writes outcomes, claims jobs.
     fn step(&mut self) -> Result<Step, transaction::Failure> {
         let now = Instant::now();
-        let nothing =
-            Ok(Step::Done { later: self.outcomes.iter().map(|outcome| outcome.job).collect(), claimed: vec![] });
+        let nothing = Ok(Step::Done { tried: HashSet::new(), later: Vec::new(), claimed: Vec::new() });
         if self.not_before.is_some_and(|at| now < at) {
             return nothing;
         }
         let poll = now >= self.next_poll;
-        let batch = self.batch();
+        let batch = self.batch(now);
         let room = self.settings.max_in_flight.saturating_sub(self.in_flight.len());
         // After a failure outcomes come first, so that it is known which part fails.
         let may_claim = self.settings.enabled && (self.failures == 0 || batch.is_empty());
@@ -197,44 +220,42 @@ impl Worker {
         if batch.is_empty() && limit == 0 && !poll {
             return nothing;
         }
-        let written: HashSet<Uuid> = batch.iter().map(|outcome| outcome.job).collect();
-        let (extension, queue, leases) = (self.extension, &self.queue, self.leases());
+        let tried: HashSet<Uuid> = batch.iter().map(|outcome| outcome.job).collect();
+        let (extension, queue) = (self.extension, &self.queue);
+        let mut replaced = false;
         let step = transaction::run(c"nexus_hub: completing and claiming jobs", || {
             if !catalog::hold_extension(extension) {
-                return Ok(Step::ExtensionGone { replaced: catalog::extension().is_some() });
+                replaced = catalog::extension().is_some();
+                return Ok(None);
             }
             let work = || {
                 if poll {
-                    let released = queue.release_abandoned(leases)?;
+                    let released = queue.release_abandoned(self.leases())?;
                     if released > 0 {
                         log!("nexus_hub: gave back {released} jobs of a worker that is gone");
                     }
                 }
                 let later = if batch.is_empty() { Vec::new() } else { queue.complete(&batch)? };
                 let claimed = if limit > 0 { queue.claim(Uuid::new_v4(), limit)? } else { Vec::new() };
-                Ok::<_, pgrx::spi::SpiError>(Step::Done { later, claimed })
+                Ok::<_, pgrx::spi::SpiError>((later, claimed))
             };
-            work().map_err(|problem| problem.to_string())
+            work().map(Some).map_err(|problem| problem.to_string())
         })?;
-        if let Step::Done { claimed, later } = step {
-            self.failures = 0;
-            self.not_before = None;
-            self.batch_limit = usize::MAX;
-            if poll {
-                self.next_poll = now + self.settings.poll_interval;
-            }
-            if limit > 0 {
-                // A full batch means that there may be more.
-                self.claim_due = claimed.len() == limit;
-            }
-            if !written.is_empty() {
-                shmem::announce_finished_jobs();
-            }
-            let unwritten = self.outcomes.iter().map(|outcome| outcome.job).filter(|job| !written.contains(job));
-            let later = later.into_iter().chain(unwritten).collect();
-            return Ok(Step::Done { later, claimed });
+        let Some((later, claimed)) = step else { return Ok(Step::ExtensionGone { replaced }) };
+        self.failures = 0;
+        self.not_before = None;
+        self.batch_limit = usize::MAX;
+        if poll {
+            self.next_poll = now + self.settings.poll_interval;
         }
-        Ok(step)
+        if limit > 0 {
+            // A full batch means that there may be more.
+            self.claim_due = claimed.len() == limit;
+        }
+        if !tried.is_empty() {
+            shmem::announce_finished_jobs();
+        }
+        Ok(Step::Done { tried, later, claimed })
     }
 
     /// The leases that are this worker's: of jobs in flight, and of outcomes to be written.
@@ -243,9 +264,17 @@ impl Worker {
         self.in_flight.iter().map(|(_, lease)| *lease).chain(of_outcomes).collect()
     }
 
-    fn outcomes_written(&mut self, later: &[Uuid]) {
-        self.outcomes.retain(|outcome| later.contains(&outcome.job));
-        self.locked = self.outcomes.len();
+    /// Drops the outcomes that are dealt with, and remembers which rows were locked.
+    fn forget(&mut self, tried: &HashSet<Uuid>, later: &[Uuid]) {
+        if tried.is_empty() {
+            return;
+        }
+        self.outcomes.retain(|outcome| !tried.contains(&outcome.job) || later.contains(&outcome.job));
+        self.locked.retain(|job| !tried.contains(job));
+        if !later.is_empty() {
+            self.locked.extend(later);
+            self.unlock_look = Instant::now() + LOCKED_DELAY;
+        }
     }
 
     /// After a failed transaction: when to try again, with how much, or the exit code when that is pointless.
@@ -256,7 +285,9 @@ impl Worker {
         if self.failures == 1 {
             log!("nexus_hub: a transaction of the worker failed and is tried again: {}", failure.message);
         }
-        let tried = self.batch().len();
+        let now = Instant::now();
+        let batch = self.batch(now);
+        let (tried, first) = (batch.len(), batch.first().map(|outcome| outcome.job));
         match tried {
             _ if failure.transient => {}
             0 if self.failures >= MAX_FAILURES => return Some(RESTART),
@@ -265,7 +296,7 @@ impl Worker {
             _ if self.failures == 1 => {}
             1 => {
                 // This is the one that can't be written as it is.
-                if let Some(outcome) = self.outcomes.last_mut() {
+                if let Some(outcome) = self.outcomes.iter_mut().find(|outcome| Some(outcome.job) == first) {
                     let error = format!("the answer could not be stored: {}", failure.message);
                     if outcome.verdict.is_bare_failure() && self.failures >= MAX_FAILURES {
                         return Some(RESTART);
@@ -298,7 +329,7 @@ impl Worker {
         let has_room = self.settings.enabled && self.in_flight.len() < self.settings.max_in_flight;
         let busy = self.outcomes_due
             // Jobs that failed before they were sent are outcomes, too.
-            || self.outcomes.len() > self.locked
+            || self.outcomes.len() > self.locked.len()
             || (self.claim_due && has_room);
         let asked = bgworker::stop_requested() || bgworker::reload_requested() || shmem::leave_requested();
         let time = if asked {
@@ -309,13 +340,14 @@ impl Worker {
             Duration::ZERO
         } else {
             let poll = self.next_poll.saturating_duration_since(now);
-            if self.locked > 0 { poll.min(LOCKED_DELAY) } else { poll }
+            let unlock_look = self.unlock_look.saturating_duration_since(now);
+            if self.locked.is_empty() { poll } else { poll.min(unlock_look) }
         };
         bgworker::wait(Some(self.net.wake_descriptor()), time);
     }
 
     fn take_settings(&mut self) {
-        self.settings = guc::worker_settings();
+        self.settings = settings(self.descriptors);
         self.limits.set(
             self.settings.max_in_flight,
             self.settings.max_response_bytes,
@@ -333,7 +365,7 @@ impl Worker {
         loop {
             let more = self.collect().is_ok() && self.outcomes_due;
             match self.step() {
-                Ok(Step::Done { later, .. }) => self.outcomes_written(&later),
+                Ok(Step::Done { tried, later, .. }) => self.forget(&tried, &later),
                 _ => break,
             }
             if !more {
