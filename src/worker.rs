@@ -1,6 +1,7 @@
 //! The background workers: a launcher for the server, and one worker for each database that has the extension.
 
 mod assign;
+mod backlog;
 mod launcher;
 mod run;
 

@@ -1,6 +1,7 @@
 //! MCP calls: which session they go over, and what their answers mean.
 
 mod session;
+mod tag;
 mod transport;
 mod wire;
 
@@ -17,7 +18,7 @@ use rmcp::service::{PeerRequestOptions, ServiceError};
 use serde::Deserialize;
 use serde_json::Value;
 use std::time::Duration;
-use transport::CallTag;
+use tag::CallTag;
 use uuid::Uuid;
 
 /// What is asked of an MCP server.

@@ -20,11 +20,6 @@ impl Verdict {
             Verdict::Failed { error, result } => error.len() + result.as_ref().map_or(0, String::len),
         }
     }
-
-    /// Whether it is nothing but an error's text.
-    pub fn is_bare_failure(&self) -> bool {
-        matches!(self, Verdict::Failed { result: None, .. })
-    }
 }
 
 impl From<Failure> for Verdict {

@@ -3,6 +3,7 @@
 //! One short transaction does both, so that many jobs share a commit; no transaction is open while a request is.
 
 use super::assign;
+use super::backlog::Backlog;
 use crate::jobs::queue::{ClaimedJob, Queue};
 use crate::net::{Limits, Net, Outcome, ThreadGone, Verdict};
 use crate::pg::guc::{self, WorkerSettings};
@@ -18,22 +19,15 @@ const GONE: i32 = 0;
 const RESTART: i32 = 1;
 /// How long to wait before a failed transaction is tried again.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
-/// How long to wait before a row that a session keeps locked is tried again.
-const LOCKED_DELAY: Duration = Duration::from_millis(50);
 /// Transactions that may fail in a row, with nothing to be lost, before the worker starts anew.
 const MAX_FAILURES: u32 = 20;
 /// Descriptors that are not for requests: files of PostgreSQL, sessions, the way to the network thread.
 const OTHER_DESCRIPTORS: usize = 200;
-/// Answers written in one transaction: PostgreSQL takes no array of more than 1 GB.
-const MAX_BATCH_BYTES: usize = 32 * 1024 * 1024;
-
 /// How a transaction went.
 enum Step {
     Done {
-        /// Jobs whose outcomes the transaction dealt with…
-        tried: HashSet<Uuid>,
-        /// … but for these, whose rows are locked.
-        later: Vec<Uuid>,
+        /// Jobs whose rows were locked.
+        locked: Vec<Uuid>,
         claimed: Vec<ClaimedJob>,
     },
     /// The extension is gone; whether it is there anew.
@@ -50,15 +44,11 @@ struct Worker {
     /// Jobs that the network thread has, with the leases they were claimed under.
     in_flight: HashSet<(Uuid, Uuid)>,
     /// Outcomes that are not written yet.
-    outcomes: Vec<Outcome>,
-    /// The jobs of those that could not be written, because a session keeps their rows locked.
-    locked: HashSet<Uuid>,
-    /// When to try these again.
-    unlock_look: Instant,
+    backlog: Backlog,
+    /// The jobs whose outcomes the last transaction tried to write.
+    tried: HashSet<Uuid>,
     /// Whether the last look at the network thread ended with a full batch: there may be more.
     outcomes_due: bool,
-    /// Outcomes to write in one transaction; less after a failure, until the one that can't be written is found.
-    batch_limit: usize,
     /// Whether there may be pending jobs that no claim has seen.
     claim_due: bool,
     next_poll: Instant,
@@ -111,11 +101,9 @@ pub fn main(slot: usize) -> i32 {
         descriptors,
         settings,
         in_flight: HashSet::new(),
-        outcomes: Vec::new(),
-        locked: HashSet::new(),
-        unlock_look: Instant::now(),
+        backlog: Backlog::new(Instant::now()),
+        tried: HashSet::new(),
         outcomes_due: false,
-        batch_limit: usize::MAX,
         claim_due: true,
         // At once: jobs of a worker that is gone are given back by the poll.
         next_poll: Instant::now(),
@@ -153,8 +141,8 @@ impl Worker {
                 return RESTART;
             }
             match self.step() {
-                Ok(Step::Done { tried, later, claimed }) => {
-                    self.forget(&tried, &later);
+                Ok(Step::Done { locked, claimed }) => {
+                    self.backlog.settle(&self.tried, &locked, Instant::now());
                     claimed.into_iter().for_each(|job| self.send(job));
                 }
                 Ok(Step::ExtensionGone { replaced }) => {
@@ -175,44 +163,28 @@ impl Worker {
     /// Takes what the network thread has finished, up to a batch.
     fn collect(&mut self) -> Result<(), ThreadGone> {
         self.net.acknowledge_wake();
-        // Not counting the locked ones, or a batch of them would keep all others out.
-        let mut bytes = 0;
-        while self.outcomes.len() - self.locked.len() < self.settings.batch_size && bytes < MAX_BATCH_BYTES {
-            let Some(outcome) = self.net.next_outcome()? else {
-                self.outcomes_due = false;
-                return Ok(());
-            };
-            bytes += outcome.verdict.bytes();
-            self.in_flight.remove(&(outcome.job, outcome.lease));
-            self.outcomes.push(outcome);
-        }
-        // Acknowledged but not taken: nobody will wake this thread for these.
-        self.outcomes_due = true;
+        let (net, in_flight) = (&self.net, &mut self.in_flight);
+        // What is left there was acknowledged: nobody will wake this thread for it.
+        self.outcomes_due = self.backlog.fill(self.settings.batch_size, || {
+            let outcome = net.next_outcome()?;
+            if let Some(outcome) = &outcome {
+                in_flight.remove(&(outcome.job, outcome.lease));
+            }
+            Ok(outcome)
+        })?;
         Ok(())
-    }
-
-    /// The outcomes for the next transaction. Those whose rows were locked are tried again by themselves, now and then.
-    fn batch(&self, now: Instant) -> Vec<&Outcome> {
-        let locked_ones = !self.locked.is_empty() && now >= self.unlock_look;
-        let outcomes = self.outcomes.iter().filter(|outcome| self.locked.contains(&outcome.job) == locked_ones);
-        let mut bytes = 0;
-        let fits = |outcome: &&Outcome| {
-            bytes += outcome.verdict.bytes();
-            // One is always taken, however large.
-            bytes <= MAX_BATCH_BYTES || bytes == outcome.verdict.bytes()
-        };
-        outcomes.take(self.batch_limit).take_while(fits).collect()
     }
 
     /// One transaction: gives back what others left, writes outcomes, claims jobs.
     fn step(&mut self) -> Result<Step, transaction::Failure> {
         let now = Instant::now();
-        let nothing = Ok(Step::Done { tried: HashSet::new(), later: Vec::new(), claimed: Vec::new() });
+        let nothing = Ok(Step::Done { locked: Vec::new(), claimed: Vec::new() });
+        self.tried.clear();
         if self.not_before.is_some_and(|at| now < at) {
             return nothing;
         }
         let poll = now >= self.next_poll;
-        let batch = self.batch(now);
+        let batch = self.backlog.batch(now);
         let room = self.settings.max_in_flight.saturating_sub(self.in_flight.len());
         // After a failure outcomes come first, so that it is known which part fails.
         let may_claim = self.settings.enabled && (self.failures == 0 || batch.is_empty());
@@ -220,7 +192,7 @@ impl Worker {
         if batch.is_empty() && limit == 0 && !poll {
             return nothing;
         }
-        let tried: HashSet<Uuid> = batch.iter().map(|outcome| outcome.job).collect();
+        self.tried.extend(batch.iter().map(|outcome| outcome.job));
         let (extension, queue) = (self.extension, &self.queue);
         let mut replaced = false;
         let step = transaction::run(c"nexus_hub: completing and claiming jobs", || {
@@ -235,16 +207,15 @@ impl Worker {
                         log!("nexus_hub: gave back {released} jobs of a worker that is gone");
                     }
                 }
-                let later = if batch.is_empty() { Vec::new() } else { queue.complete(&batch)? };
+                let locked = if batch.is_empty() { Vec::new() } else { queue.complete(&batch)? };
                 let claimed = if limit > 0 { queue.claim(Uuid::new_v4(), limit)? } else { Vec::new() };
-                Ok::<_, pgrx::spi::SpiError>((later, claimed))
+                Ok::<_, pgrx::spi::SpiError>((locked, claimed))
             };
             work().map(Some).map_err(|problem| problem.to_string())
         })?;
-        let Some((later, claimed)) = step else { return Ok(Step::ExtensionGone { replaced }) };
+        let Some((locked, claimed)) = step else { return Ok(Step::ExtensionGone { replaced }) };
         self.failures = 0;
         self.not_before = None;
-        self.batch_limit = usize::MAX;
         if poll {
             self.next_poll = now + self.settings.poll_interval;
         }
@@ -252,29 +223,15 @@ impl Worker {
             // A full batch means that there may be more.
             self.claim_due = claimed.len() == limit;
         }
-        if !tried.is_empty() {
+        if !self.tried.is_empty() {
             shmem::announce_finished_jobs();
         }
-        Ok(Step::Done { tried, later, claimed })
+        Ok(Step::Done { locked, claimed })
     }
 
     /// The leases that are this worker's: of jobs in flight, and of outcomes to be written.
     fn leases(&self) -> HashSet<Uuid> {
-        let of_outcomes = self.outcomes.iter().map(|outcome| outcome.lease);
-        self.in_flight.iter().map(|(_, lease)| *lease).chain(of_outcomes).collect()
-    }
-
-    /// Drops the outcomes that are dealt with, and remembers which rows were locked.
-    fn forget(&mut self, tried: &HashSet<Uuid>, later: &[Uuid]) {
-        if tried.is_empty() {
-            return;
-        }
-        self.outcomes.retain(|outcome| !tried.contains(&outcome.job) || later.contains(&outcome.job));
-        self.locked.retain(|job| !tried.contains(job));
-        if !later.is_empty() {
-            self.locked.extend(later);
-            self.unlock_look = Instant::now() + LOCKED_DELAY;
-        }
+        self.in_flight.iter().map(|(_, lease)| *lease).chain(self.backlog.leases()).collect()
     }
 
     /// After a failed transaction: when to try again, with how much, or the exit code when that is pointless.
@@ -285,28 +242,12 @@ impl Worker {
         if self.failures == 1 {
             log!("nexus_hub: a transaction of the worker failed and is tried again: {}", failure.message);
         }
-        let now = Instant::now();
-        let batch = self.batch(now);
-        let (tried, first) = (batch.len(), batch.first().map(|outcome| outcome.job));
-        match tried {
-            _ if failure.transient => {}
-            0 if self.failures >= MAX_FAILURES => return Some(RESTART),
-            0 => {}
-            // The first failure may have been the claim's: once more, without it.
-            _ if self.failures == 1 => {}
-            1 => {
-                // This is the one that can't be written as it is.
-                if let Some(outcome) = self.outcomes.iter_mut().find(|outcome| Some(outcome.job) == first) {
-                    let error = format!("the answer could not be stored: {}", failure.message);
-                    if outcome.verdict.is_bare_failure() && self.failures >= MAX_FAILURES {
-                        return Some(RESTART);
-                    }
-                    outcome.verdict = Verdict::Failed { error, result: None };
-                }
-            }
-            _ => self.batch_limit = tried / 2,
+        // The first failure may have been that of the claim, which is left out of the next try.
+        if failure.transient || self.failures == 1 {
+            return None;
         }
-        None
+        let can_go_on = !self.tried.is_empty() && self.backlog.narrow(&self.tried, &failure.message);
+        (!can_go_on && self.failures >= MAX_FAILURES).then_some(RESTART)
     }
 
     fn send(&mut self, job: ClaimedJob) {
@@ -318,7 +259,7 @@ impl Worker {
                 self.in_flight.insert((id, lease));
             }
             Err(error) => {
-                self.outcomes.push(Outcome { job: id, lease, verdict: Verdict::Failed { error, result: None } });
+                self.backlog.push(Outcome { job: id, lease, verdict: Verdict::Failed { error, result: None } });
             }
         }
     }
@@ -329,7 +270,7 @@ impl Worker {
         let has_room = self.settings.enabled && self.in_flight.len() < self.settings.max_in_flight;
         let busy = self.outcomes_due
             // Jobs that failed before they were sent are outcomes, too.
-            || self.outcomes.len() > self.locked.len()
+            || self.backlog.has_fresh()
             || (self.claim_due && has_room);
         let asked = bgworker::stop_requested() || bgworker::reload_requested() || shmem::leave_requested();
         let time = if asked {
@@ -339,9 +280,8 @@ impl Worker {
         } else if busy {
             Duration::ZERO
         } else {
-            let poll = self.next_poll.saturating_duration_since(now);
-            let unlock_look = self.unlock_look.saturating_duration_since(now);
-            if self.locked.is_empty() { poll } else { poll.min(unlock_look) }
+            let next = self.backlog.look_again().map_or(self.next_poll, |at| at.min(self.next_poll));
+            next.saturating_duration_since(now)
         };
         bgworker::wait(Some(self.net.wake_descriptor()), time);
     }
@@ -365,7 +305,7 @@ impl Worker {
         loop {
             let more = self.collect().is_ok() && self.outcomes_due;
             match self.step() {
-                Ok(Step::Done { tried, later, .. }) => self.forget(&tried, &later),
+                Ok(Step::Done { locked, .. }) => self.backlog.settle(&self.tried, &locked, Instant::now()),
                 _ => break,
             }
             if !more {

@@ -1,6 +1,7 @@
 //! MCP sessions: one per server and credentials, kept over jobs, opened again when lost, closed when idle.
 
-use super::transport::{Noted, Transport};
+use super::tag::Noted;
+use super::transport::Transport;
 use crate::net::endpoint::{Endpoint, sensitive};
 use crate::net::failure::{Failure, words};
 use crate::net::runtime::Limits;

@@ -1,6 +1,7 @@
 //! Streamable HTTP for the MCP library, over the client that plain HTTP uses too: same limits, same policy, and
 //! failures in our own words.
 
+use super::tag::{CallTag, Noted};
 use super::wire;
 use crate::net::failure::{Failure, words};
 use crate::net::http::{IDEMPOTENCY_KEY, read_body};
@@ -16,57 +17,11 @@ use rmcp::transport::streamable_http_client::{
 use sse_stream::{Sse, SseStream};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use uuid::Uuid;
 
 const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 const JSON: &str = "application/json";
 const EVENT_STREAM: &str = "text/event-stream";
-
-/// A place for the failure that explains what the library reports.
-#[derive(Clone, Debug, Default)]
-pub struct Noted(Arc<(Mutex<Option<Failure>>, tokio::sync::Notify)>);
-
-impl Noted {
-    fn set(&self, failure: Failure) {
-        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
-        self.0.1.notify_one();
-    }
-
-    /// The failure, if one was noted.
-    pub fn take(&self) -> Option<Failure> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-/// Travels with a call from the job to its HTTP request, and with a failure back.
-#[derive(Clone, Debug)]
-pub struct CallTag {
-    job: Uuid,
-    arguments: Option<Arc<str>>,
-    noted: Noted,
-}
-
-impl CallTag {
-    pub fn new(job: Uuid, arguments: Option<String>) -> Self {
-        Self { job, arguments: arguments.map(Arc::from), noted: Noted::default() }
-    }
-
-    /// Waits for the transport to note a failure.
-    pub async fn failed(&self) -> Failure {
-        loop {
-            if let Some(failure) = self.take() {
-                return failure;
-            }
-            self.noted.0.1.notified().await;
-        }
-    }
-
-    /// The failure, if one was noted.
-    pub fn take(&self) -> Option<Failure> {
-        self.noted.take()
-    }
-}
 
 /// The HTTP of one session.
 #[derive(Clone)]
