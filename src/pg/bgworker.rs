@@ -170,7 +170,16 @@ pub fn reload_configuration() -> bool {
 /// Ends the process. Code 0 unregisters a worker for good; any other has the postmaster honour its restart time.
 pub fn exit(code: i32) -> ! {
     // SAFETY: called from a worker's main function, outside a transaction; runs the exit callbacks.
-    unsafe { pg_sys::proc_exit(code) }
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::proc_exit(code);
+        // The bindings of 18 don't know that it does not return: bindgen overlooks `pg_noreturn`.
+        #[cfg(feature = "pg18")]
+        {
+            pg_sys::proc_exit(code);
+            std::process::abort()
+        }
+    }
 }
 
 /// Raises the process's limit of file descriptors as far as the system lets it, and returns it.

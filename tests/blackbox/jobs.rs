@@ -330,3 +330,34 @@ fn execute_job_via_pg_net_knows_its_jobs() {
         error_of(&mut client, "SELECT execute_job_via_pg_net('00000000-0000-0000-0000-000000000000')");
     assert_eq!((code.as_str(), message.as_str()), ("22023", "Job 00000000-0000-0000-0000-000000000000 not found"));
 }
+
+#[test]
+fn the_worker_reads_the_table_by_its_indexes_though_its_plans_were_made_when_it_was_empty() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    let mut client = database.connect();
+    // Not counted below: these queries shall leave no sequential scans themselves.
+    client.batch_execute("SET enable_seqscan = off").expect("SET");
+    let scans = "SELECT seq_scan::bigint, idx_scan::bigint, n_tup_upd::bigint FROM pg_stat_user_tables WHERE relname = 'job_results'";
+    let looked = |client: &mut postgres::Client, index_scans: i64, updates: i64| {
+        let row = client.query_one(scans, &[]).expect("statistics");
+        (row.get::<_, i64>(1) >= index_scans && row.get::<_, i64>(2) >= updates).then(|| row.get::<_, i64>(0))
+    };
+    // Building the indexes read the table, too.
+    let mut before = None;
+    wait_until("the worker has looked at the empty table", || {
+        before = looked(&mut client, 10, 0);
+        before.is_some()
+    });
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params) SELECT 'http_request', $1 FROM generate_series(1, 2000)",
+            &[&json!({"url": server.url})],
+        )
+        .expect("INSERT");
+    // Asked in a way that an index answers.
+    wait_until("none is left", || count_jobs(&mut client, "pending") + count_jobs(&mut client, "running") == 0);
+    wait_until("the statistics have arrived", || looked(&mut client, 0, 4000).is_some());
+    assert_eq!(looked(&mut client, 0, 0), before, "sequential scans");
+}
