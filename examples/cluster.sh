@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A private PostgreSQL cluster with nexus_hub, and the example MCP server beside it:
 #   examples/cluster.sh start | status | psql [ARGUMENT...] | stop | remove
-# Everything is in target/demo. It listens on a Unix socket only and leaves the system's own
+# Everything is in target/demo; where PostgreSQL's user can't reach that (run as root), in /var/tmp. It listens on a Unix socket only and leaves the system's own
 # clusters alone. Can also be sourced, for the functions.
 set -euo pipefail
 
@@ -86,6 +86,7 @@ unix_socket_permissions = 0700
 shared_preload_libraries = 'nexus_hub'
 nexus_hub.vault_key_file = '$home/vault.key'
 END
+    as_owner touch "$home/complete"
 }
 
 running() {
@@ -99,10 +100,11 @@ cluster_start() {
         echo "the cluster in $demo is of PostgreSQL $(<"$home/data/PG_VERSION"): starting afresh"
         cluster_remove
     fi
-    # An initdb that was interrupted leaves no key.
-    if ! find_home || [[ ! -e $home/vault.key ]]; then
+    # An initdb that was interrupted leaves no mark.
+    if ! find_home || [[ ! -e $home/complete ]]; then
         make_cluster
     fi
+    [[ -e $home/vault.key ]] || die "the vault's key is gone: $home/vault.key (put it back, or 'make clean')"
     if running; then
         [[ $library -nt $home/started ]] || return 0
         cluster_stop
@@ -221,11 +223,13 @@ case $command in
         cluster_psql "$@"
         ;;
     stop | remove)
+        # The cluster first: jobs that run shall run again, not fail. Without one this needs no PostgreSQL.
+        if find_home; then
+            find_postgres
+            "cluster_$command"
+        fi
         mcp_stop
-        # Without a cluster this needs no PostgreSQL.
-        find_home || exit 0
-        find_postgres
-        "cluster_$command"
+        echo "stopped"
         ;;
     *)
         die "usage: cluster.sh start | status | psql [ARGUMENT...] | stop | remove"

@@ -50,7 +50,7 @@ step "A database with the extension"
 cluster_start
 cluster_psql -X -q -d postgres -v ON_ERROR_STOP=1 -c 'SET client_min_messages = warning' \
     -c "DROP DATABASE IF EXISTS $database WITH (FORCE)" -c "CREATE DATABASE $database"
-say "A private PostgreSQL $major runs in $demo; its postgresql.conf says
+say "A private PostgreSQL $major runs in $home; its postgresql.conf says
 shared_preload_libraries = 'nexus_hub'. This is all that a database needs:"
 sql "CREATE EXTENSION nexus_hub;"
 sql "SELECT extname, extversion FROM pg_extension WHERE extname = 'nexus_hub';"

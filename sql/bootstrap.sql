@@ -35,3 +35,12 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION @extschema@.nexus_hub_uid() IS
     'The calling user''s id: "sub" of the setting request.jwt.claims, else the setting request.jwt.claim.sub; NULL when neither holds a uuid.';
+
+CREATE FUNCTION _nexus_hub.is_service_role() RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    -- The role need not exist, now or ever.
+    SELECT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'service_role' AND pg_has_role(r.oid, 'USAGE'));
+END;
+COMMENT ON FUNCTION _nexus_hub.is_service_role() IS 'Whether the current user has the rights of the role service_role: the trusted back end, which sees all rows.';

@@ -6,7 +6,6 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     grantee text;
-    policy record;
 BEGIN
     FOR grantee IN SELECT rolname FROM pg_roles WHERE rolname IN ('authenticated', 'service_role') LOOP
         -- No format(): a schema's name may hold a per cent sign.
@@ -21,10 +20,11 @@ BEGIN
             @extschema@.wait_for_job(uuid, integer),
             @extschema@.cancel_job(uuid),
             @extschema@.execute_job_via_pg_net(uuid),
-            _nexus_hub.server_owner(uuid),
+            _nexus_hub.owner(uuid, uuid, boolean, boolean),
+            _nexus_hub.server_exists(text),
             _nexus_hub.server_id(text),
             _nexus_hub.seal_server_config(text),
-            _nexus_hub.check_job(text, text, text, text),
+            _nexus_hub.check_job(text, text, text, text, boolean),
             _nexus_hub.wake_worker(),
             _nexus_hub.job_not_found(uuid),
             _nexus_hub.await_job(uuid, integer),
@@ -56,15 +56,6 @@ BEGIN
             @extschema@.decrypt_config(bytea, text),
             _nexus_hub.decrypt_json(bytea, text)
             TO service_role;
-        FOR policy IN SELECT t.name FROM (VALUES ('system_servers'), ('user_servers'), ('job_results')) AS t (name) LOOP
-            IF NOT EXISTS (
-                SELECT FROM pg_policies
-                 WHERE quote_ident(schemaname) || '.' || tablename = '@extschema@.' || policy.name
-                   AND policyname = policy.name || '_service_all') THEN
-                EXECUTE 'CREATE POLICY ' || policy.name || '_service_all ON @extschema@.' || policy.name
-                     || ' FOR ALL TO service_role USING (true) WITH CHECK (true)';
-            END IF;
-        END LOOP;
     END IF;
 END
 $$;
@@ -107,7 +98,7 @@ END
 $$;
 
 -- Meant for everybody: policies and column defaults run these as whoever touches the tables, and they tell nothing.
-GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.uuid_v7() TO PUBLIC;
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_role(), _nexus_hub.uuid_v7() TO PUBLIC;
 
 SELECT _nexus_hub.grant_api();
 

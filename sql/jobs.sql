@@ -76,6 +76,8 @@ CREATE POLICY job_results_owner_insert ON @extschema@.job_results
     FOR INSERT WITH CHECK (
         user_id = (SELECT @extschema@.nexus_hub_uid())
         AND status = 'pending' AND job_type <> 'http_request');
+CREATE POLICY job_results_service_all ON @extschema@.job_results
+    FOR ALL USING ((SELECT _nexus_hub.is_service_role())) WITH CHECK ((SELECT _nexus_hub.is_service_role()));
 
 -- Hand-written updates (cancel all that is stuck, run that one again) set the status alone; the rest follows from it.
 CREATE FUNCTION _nexus_hub.settle_job() RETURNS trigger
@@ -127,11 +129,11 @@ CREATE TRIGGER job_results_wake_update AFTER UPDATE OF status ON @extschema@.job
 
 -- ── What the public functions need ──
 
-CREATE FUNCTION _nexus_hub.check_job(job_type text, server_id text, tool_name text, params text) RETURNS void
+CREATE FUNCTION _nexus_hub.check_job(job_type text, server_id text, tool_name text, params text, bound boolean) RETURNS void
 LANGUAGE c STABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'check_job_wrapper';
-COMMENT ON FUNCTION _nexus_hub.check_job(text, text, text, text) IS
-    'Raises 22023 with a helpful text when a job''s fields do not fit its type.';
+COMMENT ON FUNCTION _nexus_hub.check_job(text, text, text, text, boolean) IS
+    'Raises 22023 with a helpful text when a job''s fields do not fit its type, and 42501 for a type that is not for callers bound to own rows.';
 
 CREATE FUNCTION _nexus_hub.wake_worker() RETURNS void
 LANGUAGE c VOLATILE
@@ -182,9 +184,11 @@ RETURNS uuid
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT _nexus_hub.check_job(p_job_type, p_server_id, p_tool_name, p_params::text);
+    SELECT _nexus_hub.check_job(p_job_type, p_server_id, p_tool_name, p_params::text,
+                                row_security_active('@extschema@.job_results'::regclass) AND NOT _nexus_hub.is_service_role());
     INSERT INTO @extschema@.job_results (user_id, job_type, server_id, tool_name, params)
-    VALUES (coalesce(p_user_id, @extschema@.nexus_hub_uid()), p_job_type, p_server_id, p_tool_name, coalesce(p_params, '{}'))
+    VALUES (_nexus_hub.owner(p_user_id, @extschema@.nexus_hub_uid(), row_security_active('@extschema@.job_results'::regclass)
+                             AND NOT _nexus_hub.is_service_role(), false), p_job_type, p_server_id, p_tool_name, coalesce(p_params, '{}'))
     RETURNING id;
 END;
 COMMENT ON FUNCTION @extschema@.create_job(uuid, text, text, text, jsonb) IS
@@ -336,7 +340,7 @@ BEGIN
              WHERE j.id = p_ids[i];
         EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
             UPDATE _nexus_hub.job_results j
-               SET status = 'failed', error = 'the answer can not be stored as jsonb: ' || SQLERRM,
+               SET status = 'failed', error = 'the answer cannot be stored as jsonb: ' || SQLERRM,
                    completed_at = clock_timestamp(), lease = NULL
              WHERE j.id = p_ids[i];
         END;

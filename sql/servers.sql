@@ -18,7 +18,7 @@ COMMENT ON COLUMN @extschema@.system_servers.ref_id IS 'A stable uuid for refere
 COMMENT ON COLUMN @extschema@.system_servers.name IS 'The name shown to people.';
 COMMENT ON COLUMN @extschema@.system_servers.config IS 'How to reach the server: {"url": "https://host/mcp", "headers": {"Name": "value"}, "timeout_ms": 30000}. Unknown keys are kept.';
 COMMENT ON COLUMN @extschema@.system_servers.enabled IS 'Jobs of a disabled server fail; false keeps the row without using it.';
-COMMENT ON COLUMN @extschema@.system_servers.rate_limit_per_minute IS 'Calls a user may make in a clock minute, 0 or more.';
+COMMENT ON COLUMN @extschema@.system_servers.rate_limit_per_minute IS 'Calls a user may make in a clock minute, 0 or more. Kept, but not enforced in this version.';
 COMMENT ON COLUMN @extschema@.system_servers.created_at IS 'When the row was made.';
 
 CREATE TABLE @extschema@.user_servers (
@@ -46,7 +46,7 @@ COMMENT ON COLUMN @extschema@.user_servers.name IS 'The name shown to people.';
 COMMENT ON COLUMN @extschema@.user_servers.transport IS 'How the server is reached; http (streamable HTTP) is the only one.';
 COMMENT ON COLUMN @extschema@.user_servers.config_encrypted IS 'The config as encrypt_config seals it (12-byte IV, ciphertext, 16-byte tag); the plaintext is {"url": …, "headers": {…}, "timeout_ms": …}.';
 COMMENT ON COLUMN @extschema@.user_servers.enabled IS 'A disabled server is passed over; false keeps the row without using it.';
-COMMENT ON COLUMN @extschema@.user_servers.rate_limit_per_minute IS 'Calls allowed in a clock minute, 0 or more; NULL: no limit of its own.';
+COMMENT ON COLUMN @extschema@.user_servers.rate_limit_per_minute IS 'Calls allowed in a clock minute, 0 or more; NULL: no limit of its own. Kept, but not enforced in this version.';
 COMMENT ON COLUMN @extschema@.user_servers.created_at IS 'When the row was made.';
 COMMENT ON COLUMN @extschema@.user_servers.updated_at IS 'When update_server changed the row last.';
 
@@ -56,19 +56,29 @@ ALTER TABLE @extschema@.user_servers ENABLE ROW LEVEL SECURITY;
 CREATE POLICY system_servers_enabled_select ON @extschema@.system_servers
     FOR SELECT USING (enabled);
 
--- (SELECT …) makes the planner evaluate the uid once a statement, not once a row.
+-- (SELECT …) makes the planner evaluate these once a statement, not once a row.
 CREATE POLICY user_servers_owner_all ON @extschema@.user_servers
     FOR ALL USING (user_id = (SELECT @extschema@.nexus_hub_uid()))
     WITH CHECK (user_id = (SELECT @extschema@.nexus_hub_uid()));
 
+CREATE POLICY system_servers_service_all ON @extschema@.system_servers
+    FOR ALL USING ((SELECT _nexus_hub.is_service_role())) WITH CHECK ((SELECT _nexus_hub.is_service_role()));
+CREATE POLICY user_servers_service_all ON @extschema@.user_servers
+    FOR ALL USING ((SELECT _nexus_hub.is_service_role())) WITH CHECK ((SELECT _nexus_hub.is_service_role()));
+
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.system_servers', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.user_servers', '');
 
-CREATE FUNCTION _nexus_hub.server_owner(user_id uuid) RETURNS uuid
+CREATE FUNCTION _nexus_hub.owner(user_id uuid, caller uuid, bound boolean, required boolean) RETURNS uuid
 LANGUAGE c IMMUTABLE PARALLEL SAFE
-AS 'MODULE_PATHNAME', 'server_owner_wrapper';
-COMMENT ON FUNCTION _nexus_hub.server_owner(uuid) IS
-    'Its argument; raises 22023 for NULL.';
+AS 'MODULE_PATHNAME', 'owner_wrapper';
+COMMENT ON FUNCTION _nexus_hub.owner(uuid, uuid, boolean, boolean) IS
+    'The owner of a new row: user_id, else the caller''s id. Raises 42501 when the caller is bound to own rows and it is another''s, 22023 when there is none but one is required.';
+
+CREATE FUNCTION _nexus_hub.server_exists(server_id text) RETURNS uuid
+LANGUAGE c VOLATILE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'server_exists_wrapper';
+COMMENT ON FUNCTION _nexus_hub.server_exists(text) IS 'Raises 23505: the user has a server of that name.';
 
 CREATE FUNCTION _nexus_hub.server_id(server_id text) RETURNS text
 LANGUAGE c IMMUTABLE PARALLEL SAFE
@@ -90,13 +100,17 @@ RETURNS uuid
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    INSERT INTO @extschema@.user_servers (user_id, server_id, name, config_encrypted)
-    VALUES (
-        _nexus_hub.server_owner(coalesce(p_user_id, @extschema@.nexus_hub_uid())),
-        _nexus_hub.server_id(p_server_id),
-        coalesce(p_name, p_server_id),
-        _nexus_hub.seal_server_config(p_config::text))
-    RETURNING id;
+    WITH added AS (
+        INSERT INTO @extschema@.user_servers (user_id, server_id, name, config_encrypted)
+        VALUES (
+            _nexus_hub.owner(p_user_id, @extschema@.nexus_hub_uid(), row_security_active('@extschema@.user_servers'::regclass)
+                             AND NOT _nexus_hub.is_service_role(), true),
+            _nexus_hub.server_id(p_server_id),
+            coalesce(p_name, p_server_id),
+            _nexus_hub.seal_server_config(p_config::text))
+        ON CONFLICT (user_id, server_id) DO NOTHING
+        RETURNING id)
+    SELECT coalesce((SELECT id FROM added), _nexus_hub.server_exists(p_server_id));
 END;
 COMMENT ON FUNCTION @extschema@.add_server(text, text, jsonb, uuid) IS
     'Adds an MCP server for a user and returns the row''s id. p_server_id: the name jobs use, 1 to 200 characters. p_name: for people (NULL: p_server_id). p_config: {"url", "headers", "timeout_ms"}, encrypted before anything is written. p_user_id: the owner (NULL: the caller''s nexus_hub_uid()). Errors: 22023 bad argument, 23505 the user has that server, 42501 not the caller''s own, F0000 no vault key.';

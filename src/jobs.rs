@@ -28,6 +28,7 @@ fn check_job(
     server_id: Option<&str>,
     tool_name: Option<&str>,
     params: Option<&str>,
+    bound: bool,
 ) -> Result<(), ErrorReport> {
     let text = params.unwrap_or("{}");
     let members = endpoint::members(text, &[]).map(|(_, raw)| raw);
@@ -37,6 +38,11 @@ fn check_job(
     let kind = job::check(job_type, server_id, tool_name, members.is_ok(), has_param)
         .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))?;
     if kind == JobType::HttpRequest {
+        if bound {
+            return Err(
+                error(Kind::NotAllowed, "http_request jobs are not for users").set_hint("Create them as service_role.")
+            );
+        }
         HttpCall::parse(text)
             .map_err(|problem| error(Kind::BadArgument, format!("bad request in p_params: {problem}")))?;
     }
@@ -121,12 +127,12 @@ fn await_job(job_id: pgrx::Uuid, timeout_ms: Option<i32>) -> Result<(), ErrorRep
             return Ok(());
         }
         if uncommitted {
-            return Err(error(Kind::NotReady, "the job can not finish before this transaction has committed")
+            return Err(error(Kind::NotReady, "the job cannot finish before this transaction has committed")
                 .set_detail("This transaction made or changed the job, and no worker sees that before the commit.")
                 .set_hint("Commit first, then wait."));
         }
         if snapshot::is_frozen() {
-            return Err(error(Kind::NotReady, "this transaction can not see the job finish")
+            return Err(error(Kind::NotReady, "this transaction cannot see the job finish")
                 .set_detail("Its isolation level shows the database as it was when the transaction began.")
                 .set_hint("Wait in a transaction of isolation level READ COMMITTED."));
         }

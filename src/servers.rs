@@ -7,14 +7,35 @@ use pgrx::prelude::*;
 
 const MAX_SERVER_ID_LENGTH: usize = 200;
 
-/// Its argument, or an error that says who the owner should be.
+/// The owner of a new server or job; see the function's COMMENT.
 #[pg_extern(sql = false)]
-fn server_owner(user_id: Option<pgrx::Uuid>) -> Result<pgrx::Uuid, ErrorReport> {
-    user_id.ok_or_else(|| {
-        error(Kind::BadArgument, "the server's owner is not known")
+fn owner(
+    user_id: Option<pgrx::Uuid>,
+    caller: Option<pgrx::Uuid>,
+    bound: bool,
+    required: bool,
+) -> Result<Option<pgrx::Uuid>, ErrorReport> {
+    let owner = user_id.or(caller);
+    if bound && owner.is_some() && owner != caller {
+        return Err(error(Kind::NotAllowed, "p_user_id is not the caller's own")
+            .set_hint("Leave p_user_id NULL, or act as service_role."));
+    }
+    if owner.is_none() && (required || bound) {
+        return Err(error(Kind::BadArgument, "the owner is not known")
             .set_detail("p_user_id is NULL, and the caller has no user id of its own.")
-            .set_hint("Pass p_user_id, or call with the setting request.jwt.claims holding a \"sub\".")
-    })
+            .set_hint(
+                "Pass p_user_id, or call with the setting request.jwt.claims holding a \"sub\" that is a uuid.",
+            ));
+    }
+    Ok(owner)
+}
+
+/// Raises the error of a server that is there already.
+#[pg_extern(sql = false)]
+fn server_exists(server_id: Option<&str>) -> Result<Option<pgrx::Uuid>, ErrorReport> {
+    let name = server_id.unwrap_or_default();
+    Err(error(Kind::Duplicate, format!("the user has a server \"{name}\" already"))
+        .set_hint("update_server changes it; list_servers shows its id."))
 }
 
 /// Its argument, if it is fit to be a server's id.
@@ -56,13 +77,11 @@ pub struct ServerRow {
 
 /// The server a job goes to: the user's own if enabled, else the system's if enabled. The error is for the job's row.
 pub fn resolve(server_id: &str, row: &ServerRow) -> Result<Endpoint, String> {
-    let bad_config = |problem: String| format!("the config of server \"{server_id}\" can not be used: {problem}");
+    let bad_config = |problem: String| format!("the config of server \"{server_id}\" cannot be used: {problem}");
     if row.user_enabled == Some(true) {
         let sealed = row.user_config.as_deref().ok_or_else(|| bad_config("it is missing".into()))?;
-        let text = vault::open(sealed, None).map_err(|report| {
-            let hint = report.hint().map(|hint| format!(". {hint}")).unwrap_or_default();
-            bad_config(format!("{}{hint}", report.message()))
-        })?;
+        // Without the HINT, which is for the one who runs the server.
+        let text = vault::open(sealed, None).map_err(|report| bad_config(report.message().to_owned()))?;
         return Endpoint::parse(&text).map_err(bad_config);
     }
     if row.system_enabled == Some(true) {

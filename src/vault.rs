@@ -33,6 +33,14 @@ fn decrypt_json(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Optio
     Ok(Some(text.to_string()))
 }
 
+/// Why the configured keys can't be used, if so: for the log, at a reload. That none is configured is no problem.
+pub fn problem() -> Option<String> {
+    keys::configured().then(|| keys::ring().err())?.map(|report| {
+        let detail = report.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
+        format!("{}{detail}", report.message())
+    })
+}
+
 /// Encrypts a text under the first vault key, bound to `context` where one is given.
 pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let iv = random::bytes()?;
@@ -51,7 +59,7 @@ pub fn open(encrypted: &[u8], context: Option<&str>) -> Result<Zeroizing<String>
     }
     // One constant message, whatever the reason: telling a wrong key from a changed ciphertext would help an attacker.
     let bytes = keys::ring()?.open(encrypted, context.unwrap_or_default().as_bytes()).ok_or_else(|| {
-        error(Kind::Undecipherable, "the value can not be decrypted")
+        error(Kind::Undecipherable, "the value cannot be decrypted")
             .set_detail("No vault key opens it with this context: it was encrypted under another key or context, or was changed.")
             .set_hint("Check that every key still in use is in the vault key file, and that the context is the one given to encrypt.")
     })?;

@@ -35,7 +35,7 @@ impl Endpoint {
             RESERVED.iter().any(|entry| name == *entry || (entry.ends_with('-') && name.starts_with(entry)))
         };
         if let Some((name, _)) = headers.iter().find(|(name, _)| reserved(name.as_str())) {
-            return Err(format!("the header \"{name}\" is set by the protocol and can not be given"));
+            return Err(format!("the header \"{name}\" is set by the protocol and cannot be given"));
         }
         Ok(Self { url: url(config)?, headers, timeout: timeout(config)? })
     }
@@ -64,7 +64,7 @@ pub fn members<'a>(text: &'a str, known: &[&str]) -> Result<(Map<String, Value>,
     let mut members = Map::new();
     for key in known {
         if let Some(value) = raw.get(*key) {
-            let value = serde_json::from_str(value.get()).map_err(|_| format!("\"{key}\" can not be read"))?;
+            let value = serde_json::from_str(value.get()).map_err(|_| format!("\"{key}\" cannot be read"))?;
             members.insert((*key).to_owned(), value);
         }
     }
@@ -104,7 +104,7 @@ pub fn headers(object: &Map<String, Value>) -> Result<Vec<(HeaderName, Secret)>,
             return Err(format!("the header \"{name}\" has characters that are not allowed in a header"));
         }
         if FRAMING.contains(&parsed.as_str()) {
-            return Err(format!("the header \"{name}\" can not be given"));
+            return Err(format!("the header \"{name}\" cannot be given"));
         }
         headers.push((parsed, Secret::new(value.clone())));
     }
@@ -168,9 +168,9 @@ mod tests {
         assert!(problem(json!({"url": url, "headers": []})).contains("not a JSON object"));
         assert!(problem(json!({"url": url, "headers": {"Mcp-Session-Id": "1"}})).contains("set by the protocol"));
         assert!(problem(json!({"url": url, "headers": {"Mcp-Name": "1"}})).contains("set by the protocol"));
-        assert!(problem(json!({"url": url, "headers": {"Content-Length": "1"}})).contains("can not be given"));
+        assert!(problem(json!({"url": url, "headers": {"Content-Length": "1"}})).contains("cannot be given"));
         let url_and = |rest: &str| Endpoint::parse(&format!("{{\"url\": \"http://host/\", {rest}}}"));
-        assert_eq!(url_and("\"timeout_ms\": 1e400").err().as_deref(), Some("\"timeout_ms\" can not be read"));
+        assert_eq!(url_and("\"timeout_ms\": 1e400").err().as_deref(), Some("\"timeout_ms\" cannot be read"));
         assert!(url_and("\"note\": 1e400").is_ok(), "unknown keys are not looked into");
         for value in [json!(0), json!(-1), json!(1.5), json!("9"), json!(3_600_001)] {
             assert!(problem(json!({"url": url, "timeout_ms": value})).contains("timeout_ms"), "{value}");

@@ -122,7 +122,7 @@ impl From<reqwest::Error> for Failure {
         if error.is_connect() {
             Failure::Connect { authority, reason: words(&reason) }
         } else if error.is_builder() {
-            Failure::BadRequest(format!("the request can not be built: {}", words(&reason)))
+            Failure::BadRequest(format!("the request cannot be built: {}", words(&reason)))
         } else {
             Failure::Broken(words(if reason.is_empty() { "no reason given" } else { &reason }))
         }

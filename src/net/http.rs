@@ -63,7 +63,7 @@ impl HttpCall {
         let body = match raw.get("body").map(|body| body.get()) {
             None | Some("null") => None,
             Some(text) if text.starts_with('"') => {
-                Some((serde_json::from_str(text).map_err(|_| "\"body\" can not be read")?, false))
+                Some((serde_json::from_str(text).map_err(|_| "\"body\" cannot be read")?, false))
             }
             Some(json) => Some((json.to_owned(), true)),
         };

@@ -129,7 +129,7 @@ fn judge(result: String) -> Result<Verdict, Failure> {
         None | Some("complete") => {}
         Some("input_required") => {
             return failed(
-                "the server asks for input from a person, which a background job can not give".into(),
+                "the server asks for input from a person, which a background job cannot give".into(),
                 result,
             );
         }

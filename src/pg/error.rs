@@ -12,6 +12,10 @@ pub enum Kind {
     BadArgument,
     /// A ciphertext that no vault key opens (22000).
     Undecipherable,
+    /// The caller may not do that (42501).
+    NotAllowed,
+    /// There is one already (23505).
+    Duplicate,
     /// No usable vault key is configured (F0000).
     KeyNotConfigured,
     /// The extension is not preloaded, its worker is down, or the call makes no sense in this transaction (55000).
@@ -25,6 +29,8 @@ impl Kind {
         match self {
             Kind::BadArgument => PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
             Kind::Undecipherable => PgSqlErrorCode::ERRCODE_DATA_EXCEPTION,
+            Kind::NotAllowed => PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Kind::Duplicate => PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
             Kind::KeyNotConfigured => PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
             Kind::NotReady => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Kind::Internal => PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,

@@ -35,19 +35,24 @@ pub fn ring() -> Result<Rc<KeyRing>, ErrorReport> {
     Ok(ring)
 }
 
+/// Whether there is anything that should hold keys.
+pub fn configured() -> bool {
+    guc::vault_key_file().is_some() || std::env::var_os(ENVIRONMENT_VARIABLE).is_some()
+}
+
 fn load() -> Result<KeyRing, ErrorReport> {
     if let Some(path) = guc::vault_key_file() {
         let text = read(&path)?;
         return KeyRing::parse(&text).map_err(|problem| {
-            error(Kind::KeyNotConfigured, "the vault key file can not be used")
-                .set_detail(format!("In the file that nexus_hub.vault_key_file names, {problem}."))
+            error(Kind::KeyNotConfigured, "the vault key file cannot be used")
+                .set_detail(format!("The file named by nexus_hub.vault_key_file: {problem}."))
                 .set_hint("Each line is a key of 64 hex characters, as `openssl rand -hex 32` makes them; the first one encrypts.")
         });
     }
     if let Some(value) = std::env::var_os(ENVIRONMENT_VARIABLE) {
         let text = Zeroizing::new(value.into_string().unwrap_or_default());
         return KeyRing::parse(&text).map_err(|problem| {
-            error(Kind::KeyNotConfigured, "the vault key in the environment can not be used")
+            error(Kind::KeyNotConfigured, "the vault key in the environment cannot be used")
                 .set_detail(format!("In the server's environment variable {ENVIRONMENT_VARIABLE}, {problem}."))
                 .set_hint("A key is 64 hex characters, as `openssl rand -hex 32` makes them.")
         });
@@ -60,8 +65,8 @@ fn load() -> Result<KeyRing, ErrorReport> {
 
 fn read(path: &Path) -> Result<Zeroizing<String>, ErrorReport> {
     let unreadable = |reason: String| {
-        error(Kind::KeyNotConfigured, "the vault key file can not be read")
-            .set_detail(format!("The file that nexus_hub.vault_key_file names: {reason}."))
+        error(Kind::KeyNotConfigured, "the vault key file cannot be read")
+            .set_detail(format!("The file named by nexus_hub.vault_key_file: {reason}."))
             .set_hint("It must be an ordinary file that the server's user can read and nobody else: chmod 600.")
     };
     // A FIFO would block the session beyond the reach of a cancel request.

@@ -9,6 +9,7 @@ use crate::net::{Limits, Net, Outcome, ThreadGone, Verdict};
 use crate::pg::guc::{self, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
+use crate::vault;
 use pgrx::prelude::*;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -41,6 +42,10 @@ struct Worker {
     limits: Arc<Limits>,
     descriptors: usize,
     settings: WorkerSettings,
+    /// What ALTER DATABASE … SET said when this worker connected: it counts only for new connections.
+    database_settings: String,
+    /// Whether that has changed since: no more jobs, and a new worker as soon as none is in flight.
+    outdated: bool,
     /// Jobs that the network thread has, with the leases they were claimed under.
     in_flight: HashSet<(Uuid, Uuid)>,
     /// Outcomes that are not written yet.
@@ -67,9 +72,10 @@ pub fn main(slot: usize) -> i32 {
         let Some(extension) = catalog::extension().filter(|extension| catalog::hold_extension(*extension)) else {
             return Ok(None);
         };
-        Queue::open().map(|queue| Some((extension, queue))).map_err(|problem| problem.to_string())
+        let open = || Ok::<_, pgrx::spi::SpiError>((extension, Queue::open()?, Queue::database_settings()?));
+        open().map(Some).map_err(|problem| problem.to_string())
     });
-    let (extension, queue) = match opened {
+    let (extension, queue, database_settings) = match opened {
         Ok(Some(opened)) => opened,
         Ok(None) => {
             shmem::set_worker_state(WorkerState::NoExtension);
@@ -100,6 +106,8 @@ pub fn main(slot: usize) -> i32 {
         limits,
         descriptors,
         settings,
+        database_settings,
+        outdated: false,
         in_flight: HashSet::new(),
         backlog: Backlog::new(Instant::now()),
         tried: HashSet::new(),
@@ -134,6 +142,10 @@ impl Worker {
             bgworker::handle_interrupts();
             if bgworker::reload_configuration() {
                 self.take_settings();
+            }
+            if self.outdated && self.in_flight.is_empty() && !self.backlog.has_fresh() && !self.outcomes_due {
+                shmem::set_worker_state(WorkerState::Replaced);
+                return GONE;
             }
             self.claim_due |= shmem::take_wake();
             if self.collect().is_err() {
@@ -187,7 +199,7 @@ impl Worker {
         let batch = self.backlog.batch(now);
         let room = self.settings.max_in_flight.saturating_sub(self.in_flight.len());
         // After a failure outcomes come first, so that it is known which part fails.
-        let may_claim = self.settings.enabled && (self.failures == 0 || batch.is_empty());
+        let may_claim = self.settings.enabled && !self.outdated && (self.failures == 0 || batch.is_empty());
         let limit = if may_claim && (self.claim_due || poll) { room.min(self.settings.batch_size) } else { 0 };
         if batch.is_empty() && limit == 0 && !poll {
             return nothing;
@@ -267,12 +279,15 @@ impl Worker {
     fn wait(&mut self) {
         self.claim_due |= shmem::take_wake();
         let now = Instant::now();
-        let has_room = self.settings.enabled && self.in_flight.len() < self.settings.max_in_flight;
+        let has_room = self.settings.enabled && !self.outdated && self.in_flight.len() < self.settings.max_in_flight;
         let busy = self.outcomes_due
             // Jobs that failed before they were sent are outcomes, too.
             || self.backlog.has_fresh()
             || (self.claim_due && has_room);
-        let asked = bgworker::stop_requested() || bgworker::reload_requested() || shmem::leave_requested();
+        let asked = (self.outdated && self.in_flight.is_empty())
+            || bgworker::stop_requested()
+            || bgworker::reload_requested()
+            || shmem::leave_requested();
         let time = if asked {
             Duration::ZERO
         } else if let Some(at) = self.not_before {
@@ -295,6 +310,13 @@ impl Worker {
         );
         self.next_poll = self.next_poll.min(Instant::now() + self.settings.poll_interval);
         self.claim_due = true;
+        let current = transaction::run(c"nexus_hub: reading the database's settings", || {
+            Queue::database_settings().map_err(|problem| problem.to_string())
+        });
+        self.outdated |= current.is_ok_and(|current| current != self.database_settings);
+        if let Some(problem) = vault::problem() {
+            log!("nexus_hub: {problem}");
+        }
     }
 
     /// Writes what is finished; what is in flight is given back by the next worker.

@@ -16,6 +16,7 @@ fn a_dump_brings_back_all_rows_and_a_running_worker() {
         )
         .expect("a system server");
     run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
+    client.batch_execute("SELECT _nexus_hub.grant_api()").expect("as after roles were made");
     let restored = shared().empty_database();
     let script = format!("pg_dump -Fc {} | pg_restore --exit-on-error -d {}", database.name, restored.name);
     let output =

@@ -72,7 +72,7 @@ fn a_bad_url_is_explained_without_quoting_it() {
             )
             .expect("a system server");
         let error = run_job(&mut client, "tool_invoke", "s", Some("t"), json!({})).failed();
-        assert_eq!(error, format!("the config of server \"s\" can not be used: {problem}"));
+        assert_eq!(error, format!("the config of server \"s\" cannot be used: {problem}"));
     }
 }
 
@@ -202,7 +202,7 @@ fn a_missing_vault_key_is_explained() {
         )
         .expect("a row from another server");
     let error = run_job(&mut client, "tool_invoke", "s", Some("t"), json!({})).failed();
-    assert!(error.contains("no vault key is configured") && error.contains("nexus_hub.vault_key_file"), "{error}");
+    assert!(error.ends_with("no vault key is configured"), "{error}");
 }
 
 #[test]
@@ -214,5 +214,5 @@ fn a_config_that_no_key_opens_is_explained() {
         .execute("UPDATE user_servers SET config_encrypted = set_byte(config_encrypted, 0, 255 - get_byte(config_encrypted, 0))", &[])
         .expect("update");
     let error = run_job(&mut client, "tool_invoke", "s", Some("t"), json!({})).failed();
-    assert!(error.contains("the value can not be decrypted"), "{error}");
+    assert!(error.contains("the value cannot be decrypted"), "{error}");
 }

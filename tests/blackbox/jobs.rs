@@ -243,7 +243,7 @@ fn an_answer_that_jsonb_can_not_hold_does_not_take_others_with_it() {
     wait_until("all are finished", || count_jobs(&mut client, "completed") + count_jobs(&mut client, "failed") == 50);
     assert_eq!(count_jobs(&mut client, "failed"), 1);
     let error: String = value(&mut client, "SELECT error FROM job_results WHERE status = 'failed'");
-    assert!(error.starts_with("the answer can not be stored as jsonb"), "{error}");
+    assert!(error.starts_with("the answer cannot be stored as jsonb"), "{error}");
 }
 
 #[test]
@@ -360,4 +360,22 @@ fn the_worker_reads_the_table_by_its_indexes_though_its_plans_were_made_when_it_
     wait_until("none is left", || count_jobs(&mut client, "pending") + count_jobs(&mut client, "running") == 0);
     wait_until("the statistics have arrived", || looked(&mut client, 0, 4000).is_some());
     assert_eq!(looked(&mut client, 0, 0), before, "sequential scans");
+}
+
+#[test]
+fn refusals_say_what_is_not_allowed() {
+    let database = shared().database();
+    let mut client = database.connect();
+    add_server(&mut client, "s", json!({"url": "http://h/"}));
+    let (code, message) =
+        error_of(&mut client, &format!("SELECT add_server('s', 's', '{{\"url\": \"http://h/\"}}', '{ALICE}')"));
+    assert_eq!((code.as_str(), message.as_str()), ("23505", "the user has a server \"s\" already"));
+    client
+        .batch_execute(&format!("SET request.jwt.claims = '{{\"sub\": \"{ALICE}\"}}'; SET ROLE authenticated"))
+        .expect("a user");
+    let (code, message) = error_of(&mut client, &format!("SELECT create_job('{BOB}', 'tool_invoke', 's', 't')"));
+    assert_eq!((code.as_str(), message.as_str()), ("42501", "p_user_id is not the caller's own"));
+    let (code, message) =
+        error_of(&mut client, "SELECT create_job(NULL, 'http_request', NULL, NULL, '{\"url\": \"http://h/\"}')");
+    assert_eq!((code.as_str(), message.as_str()), ("42501", "http_request jobs are not for users"));
 }

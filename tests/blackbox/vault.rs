@@ -55,7 +55,7 @@ fn truncated_flipped_empty_and_foreign_ciphertexts_give_the_contracts_errors() {
     let database = shared().database();
     let mut client = database.connect();
     let foreign = webcrypto(&["seal", &KEY.replace('0', "9"), "text", ""]);
-    let undecipherable = ("22000".to_owned(), "the value can not be decrypted".to_owned());
+    let undecipherable = ("22000".to_owned(), "the value cannot be decrypted".to_owned());
     let malformed = ("22023".to_owned(), "the value is too short to be a ciphertext".to_owned());
     for (ciphertext, expected) in [
         ("''::bytea".to_owned(), &malformed),

@@ -461,3 +461,36 @@ fn an_outcome_counts_only_for_the_claim_it_belongs_to() {
     );
     assert_eq!(body, 1, "the second call's answer");
 }
+
+#[test]
+fn a_switch_set_for_a_database_takes_effect_with_a_reload_in_both_directions() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let server = echo();
+    works(&database, &server);
+    let mut client = database.connect();
+    let switch = |client: &mut postgres::Client, how: &str| {
+        client
+            .batch_execute(&format!("ALTER DATABASE {} {how}; SELECT pg_reload_conf()", database.name))
+            .expect("ALTER DATABASE");
+    };
+    let first = database.worker();
+    switch(&mut client, "SET nexus_hub.enabled = off");
+    wait_until("a worker with the new setting", || database.worker().is_some_and(|pid| Some(pid) != first));
+    insert_jobs(&mut client, &server.url, 1);
+    let job = "SELECT status FROM wait_for_job((SELECT id FROM job_results WHERE status <> 'completed'), 500)";
+    assert_eq!(value::<String>(&mut client, job), "pending");
+    switch(&mut client, "RESET nexus_hub.enabled");
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 2);
+}
+
+#[test]
+fn keys_that_a_reload_finds_broken_are_logged() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    database.wait_for_worker();
+    cluster.write_key_file("c0ffee\n");
+    database.connect().batch_execute("SELECT pg_reload_conf()").expect("reload");
+    wait_until("the log says so", || cluster.log().contains("line 1 is not 64 hex characters"));
+    assert!(!cluster.log().contains("c0ffee"));
+}

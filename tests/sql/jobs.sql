@@ -131,10 +131,10 @@ SELECT throws_ok($$SELECT pg_temp.becomes('paused')$$, '23514', NULL, 'an unknow
 SELECT pg_temp.becomes('pending');
 SELECT is(cancel_job(id), true, 'a pending job can be cancelled') FROM made;
 SELECT pg_temp.becomes('running');
-SELECT is(cancel_job(id), false, 'a running job can not') FROM made;
+SELECT is(cancel_job(id), false, 'a running job cannot') FROM made;
 SELECT is(pg_temp.becomes('running')::text, '(running,t,f,f,f)', 'and runs on');
 SELECT pg_temp.becomes('completed');
-SELECT is(cancel_job(id), false, 'a completed job can not') FROM made;
+SELECT is(cancel_job(id), false, 'a completed job cannot') FROM made;
 SELECT results_eq('SELECT g.* FROM made, get_job_status(id) AS g',
                   'SELECT id, job_type, server_id, tool_name, status, result, error, created_at, started_at, completed_at FROM job_results JOIN made USING (id)',
                   'get_job_status is the job''s row');

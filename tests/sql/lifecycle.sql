@@ -43,7 +43,7 @@ $$;
 CREATE TEMP TABLE at_install AS SELECT pg_temp.grants() AS line;
 
 SELECT ok(pg_temp.works_in(:'schema'), 'the extension works where it was installed');
-SELECT throws_ok('ALTER EXTENSION nexus_hub SET SCHEMA pg_temp', '0A000', NULL, 'it can not be moved to another schema');
+SELECT throws_ok('ALTER EXTENSION nexus_hub SET SCHEMA pg_temp', '0A000', NULL, 'it cannot be moved to another schema');
 
 DROP EXTENSION nexus_hub;
 SELECT is_empty($$SELECT nspname FROM pg_namespace WHERE nspname = '_nexus_hub'

@@ -61,17 +61,17 @@ SELECT is_empty(
 -- Trigger functions need no exception: EXECUTE is asked for when a trigger is made, not when it fires.
 SELECT set_eq(
     $$SELECT object, privilege_type FROM granted WHERE grantee = 'PUBLIC'$$,
-    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE')$$,
-    'PUBLIC may execute nexus_hub_uid() and _nexus_hub.uuid_v7(), and nothing else');
+    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.is_service_role()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE')$$,
+    'PUBLIC may execute what policies and defaults call, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
 
 -- ── anon ──
 
 SELECT is_empty($$SELECT * FROM granted WHERE grantee = 'anon'$$, 'anon has been granted nothing');
 SELECT pg_temp.as_role('anon');
-SELECT throws_ok(call, '42501', NULL, format('anon can not call %s.%s', CASE nspname WHEN '_nexus_hub' THEN nspname ELSE 'public' END, proname))
+SELECT throws_ok(call, '42501', NULL, format('anon cannot call %s.%s', CASE nspname WHEN '_nexus_hub' THEN nspname ELSE 'public' END, proname))
   FROM extension_function WHERE proname <> 'nexus_hub_uid' ORDER BY nspname, proname;
-SELECT throws_ok(format(statement, name), '42501', NULL, format('anon can not %s %s', split_part(statement, ' ', 1), relname))
+SELECT throws_ok(format(statement, name), '42501', NULL, format('anon cannot %s %s', split_part(statement, ' ', 1), relname))
   FROM extension_table,
        unnest(ARRAY['SELECT FROM %s', 'INSERT INTO %s DEFAULT VALUES', 'UPDATE %s SET id = id', 'DELETE FROM %s', 'TRUNCATE %s']) AS statement
  ORDER BY relname, statement;
@@ -101,11 +101,11 @@ SELECT is_empty(
     'authenticated deletes from user_servers alone, and truncates nothing');
 
 SELECT pg_temp.as_role('authenticated');
-SELECT throws_ok(call, '42501', NULL, format('authenticated can not call %s', proname))
+SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
   FROM extension_function WHERE proname ~ '^(en|de)crypt_' AND nspname <> '_nexus_hub' ORDER BY proname;
-SELECT throws_ok(call, '42501', NULL, format('authenticated can not call _nexus_hub.%s', proname))
+SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
-SELECT throws_ok(statement, '42501', NULL, format('authenticated can not: %s', statement))
+SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
   FROM unnest(ARRAY[
     'SELECT config_encrypted FROM user_servers',
     'SELECT * FROM user_servers',
@@ -124,7 +124,7 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated can not: %s', s
     'SHOW nexus_hub.vault_key_file']) AS statement;
 SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
                          VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
-                 '42501', NULL, format('authenticated can not insert a job''s %s', forbidden))
+                 '42501', NULL, format('authenticated cannot insert a job''s %s', forbidden))
   FROM unnest(ARRAY['id', 'result', 'error', 'created_at', 'started_at', 'completed_at', 'lease']) AS forbidden;
 RESET ROLE;
 
@@ -148,8 +148,8 @@ SELECT is((SELECT decrypt_config(config_encrypted) ->> 'url' FROM user_servers W
 SELECT isnt(create_job(NULL, 'http_request', NULL, NULL, '{"url": "https://host/"}'), NULL, 'service_role creates an http_request job');
 SELECT lives_ok($$INSERT INTO system_servers (id, name, config) VALUES ('s', 'S', '{"url": "https://host/mcp"}')$$,
                 'service_role adds a system server');
-SELECT throws_ok('SHOW nexus_hub.vault_key_file', '42501', NULL, 'service_role can not see where the vault key is');
-SELECT throws_ok(call, '42501', NULL, format('service_role can not call _nexus_hub.%s', proname))
+SELECT throws_ok('SHOW nexus_hub.vault_key_file', '42501', NULL, 'service_role cannot see where the vault key is');
+SELECT throws_ok(call, '42501', NULL, format('service_role cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 RESET ROLE;
 

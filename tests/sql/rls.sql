@@ -55,9 +55,9 @@ BEGIN
     RETURN NEXT is(nexus_hub_uid(), NULL, description || ': the caller is unknown');
     RETURN NEXT is_empty($q$SELECT id FROM user_servers UNION ALL SELECT id FROM job_results$q$, description || ': no rows are seen');
     RETURN NEXT is_empty($q$SELECT * FROM list_servers() WHERE kind = 'user'$q$, description || ': no own servers are listed');
-    RETURN NEXT throws_ok($q$SELECT add_server('new', 'New', '{"url": "https://host/mcp"}')$q$, '22023', 'the server''s owner is not known',
+    RETURN NEXT throws_ok($q$SELECT add_server('new', 'New', '{"url": "https://host/mcp"}')$q$, '22023', 'the owner is not known',
         description || ': no server can be added');
-    RETURN NEXT throws_ok($q$SELECT create_job(NULL, 'tool_invoke', 'one', 'echo')$q$, '42501', NULL, description || ': no job can be created');
+    RETURN NEXT throws_ok($q$SELECT create_job(NULL, 'tool_invoke', 'one', 'echo')$q$, '22023', 'the owner is not known', description || ': no job can be created');
 END
 $$;
 RESET ROLE;
@@ -81,9 +81,9 @@ INSERT INTO made VALUES ('second', add_server('two', 'Two', '{"url": "https://a.
 SELECT is((SELECT user_id FROM user_servers WHERE id = pg_temp.made('second')), :a, 'add_server without p_user_id adds for the caller');
 SELECT isnt(add_server('three', 'Three', '{"url": "https://a.example/mcp"}', :a), NULL, 'add_server takes the caller''s own id');
 SELECT throws_ok(format($$SELECT add_server('two', 'Two', '{"url": "https://a.example/mcp"}', %L)$$, :b), '42501', NULL,
-                 'a user can not add a server for another');
+                 'a user cannot add a server for another');
 SELECT throws_ok(format($$INSERT INTO user_servers (user_id, server_id, name) VALUES (%L, 'two', 'Two')$$, :b), '42501', NULL,
-                 'a user can not insert a server for another');
+                 'a user cannot insert a server for another');
 SELECT is(update_server(pg_temp.made('second'), p_name => 'Renamed', p_config => '{"url": "https://new.example/mcp"}', p_enabled => false), true,
           'a user changes an own server');
 SELECT results_eq($$SELECT name, enabled FROM user_servers WHERE server_id = 'two'$$, $$VALUES ('Renamed', false)$$, 'and the change is there');
@@ -96,7 +96,7 @@ SELECT pg_temp.as_user(:a);
 SELECT is(update_server(pg_temp.made('server b'), 'Mine', '{"url": "https://evil.example/mcp"}', false), false,
           'update_server of another''s server returns false');
 SELECT is(delete_server(pg_temp.made('server b')), false, 'delete_server of another''s server returns false');
-SELECT is_empty($$UPDATE user_servers SET name = 'Mine' WHERE name = 'One of B' RETURNING id$$, 'another''s server can not be reached by UPDATE');
+SELECT is_empty($$UPDATE user_servers SET name = 'Mine' WHERE name = 'One of B' RETURNING id$$, 'another''s server cannot be reached by UPDATE');
 DELETE FROM user_servers WHERE server_id <> 'one' OR name = 'One of B';
 RESET ROLE;
 SELECT results_eq(format('SELECT * FROM user_servers WHERE user_id = %L', :b), 'SELECT * FROM of_b', 'another''s server is as it was');
@@ -107,7 +107,7 @@ SELECT pg_temp.as_service();
 SELECT set_eq('SELECT name FROM user_servers', $$VALUES ('One of A'), ('One of B')$$, 'service_role sees every user''s servers');
 SELECT is(update_server(pg_temp.made('server b'), 'Renamed by the service'), true, 'service_role changes any user''s server');
 SELECT is(delete_server(pg_temp.made('server b')), true, 'service_role deletes any user''s server');
-SELECT throws_ok($$SELECT add_server('x', 'X', '{"url": "https://host/mcp"}')$$, '22023', 'the server''s owner is not known',
+SELECT throws_ok($$SELECT add_server('x', 'X', '{"url": "https://host/mcp"}')$$, '22023', 'the owner is not known',
                  'service_role must say for whom it adds a server');
 
 -- ── System servers ──
@@ -132,19 +132,19 @@ INSERT INTO made VALUES ('new job', create_job(NULL, 'tool_invoke', 'one', 'echo
 SELECT results_eq($$SELECT user_id, status, params FROM job_results WHERE id = pg_temp.made('new job')$$,
                   format($$SELECT %L::uuid, 'pending', '{"a": 1}'::jsonb$$, :a), 'create_job without p_user_id makes the caller''s job');
 SELECT isnt(create_job(:a, 'resource_fetch', 'one', p_params => '{"uri": "file:///x"}'), NULL, 'create_job takes the caller''s own id');
-SELECT throws_ok(format($$SELECT create_job(%L, 'tool_invoke', 'one', 'echo')$$, :b), '42501', NULL, 'a user can not create a job for another');
+SELECT throws_ok(format($$SELECT create_job(%L, 'tool_invoke', 'one', 'echo')$$, :b), '42501', NULL, 'a user cannot create a job for another');
 SELECT throws_ok(format($$SELECT create_job(%L, 'http_request', NULL, NULL, '{"url": "http://127.0.0.1/"}')$$, :a), '42501', NULL,
-                 'a user can not create an http_request job');
+                 'a user cannot create an http_request job');
 
 CREATE FUNCTION pg_temp.insert_job(owner uuid, type text, state text) RETURNS text LANGUAGE sql AS $$
     SELECT format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, params, status)
                    VALUES (%L, %L, ''one'', ''echo'', ''{"url": "http://127.0.0.1/", "uri": "file:///x"}'', %L)', owner, type, state)
 $$;
 SELECT lives_ok(pg_temp.insert_job(:a, 'tool_invoke', 'pending'), 'a user inserts an own pending job');
-SELECT throws_ok(pg_temp.insert_job(:b, 'tool_invoke', 'pending'), '42501', NULL, 'a user can not insert a job for another');
-SELECT throws_ok(pg_temp.insert_job(NULL, 'tool_invoke', 'pending'), '42501', NULL, 'a user can not insert a job of nobody');
-SELECT throws_ok(pg_temp.insert_job(:a, 'http_request', 'pending'), '42501', NULL, 'a user can not insert an http_request job');
-SELECT throws_ok(pg_temp.insert_job(:a, 'tool_invoke', state), '42501', NULL, format('a user can not insert a %s job', state))
+SELECT throws_ok(pg_temp.insert_job(:b, 'tool_invoke', 'pending'), '42501', NULL, 'a user cannot insert a job for another');
+SELECT throws_ok(pg_temp.insert_job(NULL, 'tool_invoke', 'pending'), '42501', NULL, 'a user cannot insert a job of nobody');
+SELECT throws_ok(pg_temp.insert_job(:a, 'http_request', 'pending'), '42501', NULL, 'a user cannot insert an http_request job');
+SELECT throws_ok(pg_temp.insert_job(:a, 'tool_invoke', state), '42501', NULL, format('a user cannot insert a %s job', state))
   FROM unnest(ARRAY['running', 'completed', 'failed', 'cancelled']) AS state;
 
 CREATE FUNCTION pg_temp.can_not_reach(what text) RETURNS SETOF text LANGUAGE plpgsql AS $$
@@ -173,7 +173,7 @@ SELECT lives_ok($$SELECT execute_job_via_pg_net(pg_temp.made('new job'))$$, 'exe
 SELECT is(cancel_job(pg_temp.made('new job')), true, 'a user cancels an own pending job');
 SELECT results_eq($$SELECT status, completed_at IS NOT NULL, started_at IS NULL FROM get_job_status(pg_temp.made('new job'))$$,
                   $$VALUES ('cancelled', true, true)$$, 'and it is cancelled, with the time, without having started');
-SELECT is(cancel_job(pg_temp.made('new job')), false, 'a cancelled job can not be cancelled again');
+SELECT is(cancel_job(pg_temp.made('new job')), false, 'a cancelled job cannot be cancelled again');
 
 SELECT pg_temp.as_user(:b);
 SELECT results_eq('SELECT id, status FROM job_results', $$SELECT pg_temp.made('job b'), 'pending'$$, 'the other user''s job is as it was');

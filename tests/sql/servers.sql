@@ -47,7 +47,7 @@ SELECT throws_ok(format($$SELECT add_server(%L, 'Name', %L)$$, id, :good), '2202
   FROM (VALUES (''), (repeat('ü', 201)), (NULL)) AS t (id);
 
 SELECT set_config('request.jwt.claims', '', true);
-SELECT throws_ok(format($$SELECT add_server('x', 'X', %L)$$, :good), '22023', 'the server''s owner is not known', 'a server needs an owner');
+SELECT throws_ok(format($$SELECT add_server('x', 'X', %L)$$, :good), '22023', 'the owner is not known', 'a server needs an owner');
 
 -- ── Bad configs ──
 
@@ -79,14 +79,14 @@ INSERT INTO bad VALUES
     ('{"url": "http://host", "headers": {"": "sk-verysecret"}}', '"headers" has a name that is not a valid header name'),
     ('{"url": "http://host", "headers": {"X sk-verysecret": "1"}}', '"headers" has a name that is not a valid header name'),
     ('{"url": "http://host", "headers": {"X\r\nEvil": "sk-verysecret"}}', '"headers" has a name that is not a valid header name'),
-    ('{"url": "http://host", "headers": {"Mcp-Session-Id": "sk-verysecret"}}', 'the header "mcp-session-id" is set by the protocol and can not be given'),
-    ('{"url": "http://host", "headers": {"HOST": "sk-verysecret"}}', 'the header "host" is set by the protocol and can not be given'),
+    ('{"url": "http://host", "headers": {"Mcp-Session-Id": "sk-verysecret"}}', 'the header "mcp-session-id" is set by the protocol and cannot be given'),
+    ('{"url": "http://host", "headers": {"HOST": "sk-verysecret"}}', 'the header "host" is set by the protocol and cannot be given'),
     ('{"url": "http://host", "timeout_ms": 0}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": -1}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": 1.5}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": "9"}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": 3600001}', '"timeout_ms" is not a whole number from 1 to 3600000'),
-    ('{"url": "http://host", "timeout_ms": 1e400}', '"timeout_ms" can not be read'),
+    ('{"url": "http://host", "timeout_ms": 1e400}', '"timeout_ms" cannot be read'),
     ('{"url": ["http://host"]}', '"url" is not a string');
 
 ALTER TABLE bad ADD error text;

@@ -1,4 +1,4 @@
--- What is sealed comes back, and what can not be opened says so without telling anything.
+-- What is sealed comes back, and what cannot be opened says so without telling anything.
 BEGIN;
 SET LOCAL search_path = :"schema", pgtap, public;
 SELECT no_plan();
@@ -47,7 +47,7 @@ SELECT is((SELECT count(DISTINCT encrypt_token('same', 'same')) FROM generate_se
           'a text sealed again is another ciphertext each time');
 SELECT is((SELECT count(DISTINCT substr(encrypt_token('same'), 1, 12)) FROM generate_series(1, 100)), 100::bigint,
           'no IV is used twice');
-SELECT is(position('token'::bytea IN plain), 0, 'the text can not be read in its ciphertext') FROM sealed;
+SELECT is(position('token'::bytea IN plain), 0, 'the text cannot be read in its ciphertext') FROM sealed;
 
 -- ── Configs ──
 
@@ -80,7 +80,7 @@ SELECT is(position('sk-verysecret' IN pg_temp.error_of(format('SELECT decrypt_co
           format('decrypt_config quotes nothing of it: %s', name))
   FROM not_json;
 
--- ── What can not be opened ──
+-- ── What cannot be opened ──
 
 SELECT is(decrypt_token(bound, 'row 1'), 'token', 'the context of the sealing opens') FROM sealed;
 CREATE TEMP VIEW unopenable AS
@@ -96,7 +96,7 @@ CREATE TEMP VIEW unopenable AS
     SELECT 'not ours', decode(repeat('5a', length), 'hex'), NULL FROM unnest(ARRAY[28, 29, 100, 100000]) AS length;
 SELECT results_eq(
     $$SELECT DISTINCT pg_temp.error_of(format('SELECT decrypt_token(%L::bytea, %L)', value, context)) FROM unopenable$$,
-    $$VALUES ('22000: the value can not be decrypted | No vault key opens it with this context: it was encrypted under another key or context, or was changed. | Check that every key still in use is in the vault key file, and that the context is the one given to encrypt.')$$,
+    $$VALUES ('22000: the value cannot be decrypted | No vault key opens it with this context: it was encrypted under another key or context, or was changed. | Check that every key still in use is in the vault key file, and that the context is the one given to encrypt.')$$,
     'wrong context, flipped bit, truncated, foreign: one and the same error');
 SELECT is(
     (SELECT string_agg(DISTINCT pg_temp.error_of(format('SELECT decrypt_config(%L::bytea, %L)', value, context)), E'\n') FROM unopenable),

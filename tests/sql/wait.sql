@@ -17,8 +17,8 @@ EXCEPTION WHEN OTHERS OR query_canceled THEN
     RETURN concat_ws(' | ', state || ': ' || message, nullif(hint, ''));
 END
 $$;
-\set uncommitted '''55000: the job can not finish before this transaction has committed | Commit first, then wait.'''
-\set frozen '''55000: this transaction can not see the job finish | Wait in a transaction of isolation level READ COMMITTED.'''
+\set uncommitted '''55000: the job cannot finish before this transaction has committed | Commit first, then wait.'''
+\set frozen '''55000: this transaction cannot see the job finish | Wait in a transaction of isolation level READ COMMITTED.'''
 
 INSERT INTO job_results (id, user_id, job_type, server_id, tool_name, status) VALUES (:job, :a, 'tool_invoke', 's', 't', 'running');
 
@@ -82,7 +82,7 @@ SELECT is(pg_temp.error_of(format($$SELECT wait_for_job(create_job(%L, 'tool_inv
 -- ── A frozen snapshot ──
 
 BEGIN ISOLATION LEVEL REPEATABLE READ;
-SELECT is(pg_temp.error_of(format('SELECT wait_for_job(%L, 1000)', :job)), :frozen, 'REPEATABLE READ can not wait');
+SELECT is(pg_temp.error_of(format('SELECT wait_for_job(%L, 1000)', :job)), :frozen, 'REPEATABLE READ cannot wait');
 COMMIT;
 BEGIN ISOLATION LEVEL SERIALIZABLE;
 SELECT is(pg_temp.error_of(format('SELECT wait_for_job(%L, 1000)', :job)), :frozen, 'nor can SERIALIZABLE');

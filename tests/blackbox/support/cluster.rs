@@ -138,8 +138,8 @@ impl Cluster {
     pub fn create(settings: &[&str]) -> Self {
         let bin = bin_dir();
         let dir = fresh_dir("pg");
-        run(as_server_user(Path::new("cp")).arg("-a").arg(template(&bin)).arg(dir.join("data")));
         let cluster = Self::kept(bin, dir);
+        run(as_server_user(Path::new("cp")).arg("-a").arg(template(&cluster.bin)).arg(cluster.dir.join("data")));
         cluster.write_key_file(KEY);
         cluster.configure(settings);
         cluster
@@ -147,7 +147,7 @@ impl Cluster {
 
     /// A standby of a running cluster, started.
     pub fn standby_of(primary: &Cluster) -> Self {
-        let dir = fresh_dir("pg");
+        let standby = Self::kept(primary.bin.clone(), fresh_dir("pg"));
         run(as_server_user(&primary.bin.join("pg_basebackup"))
             .args([
                 "--checkpoint=fast",
@@ -160,8 +160,7 @@ impl Cluster {
             ])
             .arg(&primary.dir)
             .arg("-D")
-            .arg(dir.join("data")));
-        let standby = Self::kept(primary.bin.clone(), dir);
+            .arg(standby.dir.join("data")));
         standby.write_key_file(KEY);
         standby.configure(&[]);
         standby.pg_ctl(&["start"]);
