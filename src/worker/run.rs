@@ -213,7 +213,9 @@ impl Worker {
                 return Ok(None);
             }
             let work = || {
+                let mut outdated = false;
                 if poll {
+                    outdated = Queue::database_settings()? != self.database_settings;
                     let released = queue.release_abandoned(self.leases())?;
                     if released > 0 {
                         log!("nexus_hub: gave back {released} jobs of a worker that is gone");
@@ -221,13 +223,14 @@ impl Worker {
                 }
                 let locked = if batch.is_empty() { Vec::new() } else { queue.complete(&batch)? };
                 let claimed = if limit > 0 { queue.claim(Uuid::new_v4(), limit)? } else { Vec::new() };
-                Ok::<_, pgrx::spi::SpiError>((locked, claimed))
+                Ok::<_, pgrx::spi::SpiError>((locked, claimed, outdated))
             };
             work().map(Some).map_err(|problem| problem.to_string())
         })?;
-        let Some((locked, claimed)) = step else { return Ok(Step::ExtensionGone { replaced }) };
+        let Some((locked, claimed, outdated)) = step else { return Ok(Step::ExtensionGone { replaced }) };
         self.failures = 0;
         self.not_before = None;
+        self.outdated |= outdated;
         if poll {
             self.next_poll = now + self.settings.poll_interval;
         }
@@ -308,12 +311,9 @@ impl Worker {
             self.settings.max_response_bytes,
             self.settings.session_idle_timeout,
         );
-        self.next_poll = self.next_poll.min(Instant::now() + self.settings.poll_interval);
+        // The poll looks whether the database's settings have changed, too.
+        self.next_poll = Instant::now();
         self.claim_due = true;
-        let current = transaction::run(c"nexus_hub: reading the database's settings", || {
-            Queue::database_settings().map_err(|problem| problem.to_string())
-        });
-        self.outdated |= current.is_ok_and(|current| current != self.database_settings);
         if let Some(problem) = vault::problem() {
             log!("nexus_hub: {problem}");
         }
