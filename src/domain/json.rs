@@ -8,7 +8,7 @@ pub fn is_storable(text: &str) -> bool {
     serde_json::from_str::<&RawValue>(text).is_ok() && has_only_whole_characters(text)
 }
 
-/// Looks at the `\\u` escapes of a valid JSON text; in such a text a backslash stands only in strings.
+/// Looks at the `\u` escapes of a valid JSON text; in such a text a backslash stands only in strings.
 fn has_only_whole_characters(text: &str) -> bool {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {
