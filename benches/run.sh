@@ -32,6 +32,7 @@ unix_socket_directories = '$dir'
 shared_buffers = '512MB'
 max_wal_size = '4GB'
 nexus_hub.vault_key_file = '$dir/vault.key'
+nexus_hub.egress_allow = '127.0.0.1'
 CONF
 (cd /tmp && "${as_server[@]}" "$bin/pg_ctl" -D "$dir/data" -l "$dir/data/log" -w -s start)
 export PGHOST=$dir PGPORT=5432 PGUSER=postgres PGDATABASE=postgres

@@ -85,6 +85,7 @@ listen_addresses = ''
 unix_socket_permissions = 0700
 shared_preload_libraries = 'nexus_hub'
 nexus_hub.vault_key_file = '$home/vault.key'
+nexus_hub.egress_allow = '127.0.0.1'
 END
     as_owner touch "$home/complete"
 }

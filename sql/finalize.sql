@@ -15,10 +15,13 @@ BEGIN
             @extschema@.update_server(uuid, text, jsonb, boolean),
             @extschema@.delete_server(uuid),
             @extschema@.list_servers(),
-            @extschema@.create_job(uuid, text, text, text, jsonb),
+            @extschema@.create_job(uuid, text, text, text, jsonb, integer, timestamptz, integer, integer, text),
             @extschema@.get_job_status(uuid),
             @extschema@.wait_for_job(uuid, integer),
             @extschema@.cancel_job(uuid),
+            @extschema@.retry_job(uuid),
+            @extschema@.retry_failed_jobs(text, text, timestamptz, timestamptz),
+            @extschema@.get_job_attempts(uuid),
             @extschema@.execute_job_via_pg_net(uuid),
             _nexus_hub.owner(uuid, uuid, boolean, boolean),
             _nexus_hub.server_exists(text),
@@ -28,7 +31,11 @@ BEGIN
             _nexus_hub.wake_worker(),
             _nexus_hub.job_not_found(uuid),
             _nexus_hub.await_job(uuid, integer),
-            _nexus_hub.cancel_pending_job(uuid)
+            _nexus_hub.check_job_options(integer, timestamptz, integer, integer, text, boolean),
+            _nexus_hub.job_of_key(uuid, text),
+            _nexus_hub.url_authority(text),
+            _nexus_hub.cancel_unfinished_job(uuid),
+            _nexus_hub.retry_finished_jobs(uuid[])
             TO ' || grantee;
     END LOOP;
 
@@ -41,15 +48,20 @@ BEGIN
            ON @extschema@.user_servers TO authenticated;
         GRANT SELECT (id, ref_id, name, enabled, rate_limit_per_minute, created_at) ON @extschema@.system_servers TO authenticated;
         GRANT SELECT,
-              INSERT (user_id, job_type, server_id, tool_name, params, status)
+              INSERT (user_id, job_type, server_id, tool_name, params, status, priority, run_at, timeout_ms, max_attempts, idempotency_key)
            ON @extschema@.job_results TO authenticated;
+        GRANT SELECT ON @extschema@.job_attempts TO authenticated;
     END IF;
 
     -- The trusted back end: everything public.
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'service_role') THEN
         GRANT SELECT, INSERT, UPDATE, DELETE
            ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results TO service_role;
+        GRANT SELECT ON @extschema@.job_attempts, @extschema@.circuit_breakers TO service_role;
         GRANT EXECUTE ON FUNCTION
+            @extschema@.http_request(text, text, text, jsonb, integer, integer, timestamptz, integer, text),
+            @extschema@.http_get(text, jsonb, integer, integer, timestamptz, integer, text),
+            @extschema@.http_post(text, jsonb, jsonb, integer, integer, timestamptz, integer, text),
             @extschema@.encrypt_token(text, text),
             @extschema@.decrypt_token(bytea, text),
             @extschema@.encrypt_config(jsonb, text),

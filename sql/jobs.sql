@@ -6,6 +6,12 @@ AS 'MODULE_PATHNAME', 'uuid_v7_wrapper';
 COMMENT ON FUNCTION _nexus_hub.uuid_v7() IS
     'A new UUIDv7 (RFC 9562): ids that sort by the time they were made.';
 
+CREATE FUNCTION _nexus_hub.url_authority(url text) RETURNS text
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'url_authority_wrapper';
+COMMENT ON FUNCTION _nexus_hub.url_authority(text) IS
+    'The host and port a URL leads to, as the worker reads it; the empty string for what is no http or https URL. NULL in, NULL out.';
+
 CREATE TABLE @extschema@.job_results (
     id uuid PRIMARY KEY DEFAULT _nexus_hub.uuid_v7(),
     user_id uuid,
@@ -25,6 +31,22 @@ CREATE TABLE @extschema@.job_results (
     started_at timestamptz,
     completed_at timestamptz,
     lease uuid,
+    priority smallint NOT NULL DEFAULT 5
+        CONSTRAINT job_results_priority_range CHECK (priority BETWEEN 1 AND 9),
+    run_at timestamptz NOT NULL DEFAULT now()
+        CONSTRAINT job_results_run_at_finite CHECK (isfinite(run_at)),
+    timeout_ms integer
+        CONSTRAINT job_results_timeout_range CHECK (timeout_ms BETWEEN 1 AND 3600000),
+    max_attempts integer
+        CONSTRAINT job_results_max_attempts_range CHECK (max_attempts BETWEEN 1 AND 100),
+    attempt integer NOT NULL DEFAULT 0
+        CONSTRAINT job_results_attempt_range CHECK (attempt >= 0),
+    crashes integer NOT NULL DEFAULT 0
+        CONSTRAINT job_results_crashes_range CHECK (crashes >= 0),
+    idempotency_key text
+        CONSTRAINT job_results_idempotency_key_length CHECK (length(idempotency_key) BETWEEN 1 AND 255),
+    target text GENERATED ALWAYS AS (
+        CASE WHEN job_type = 'http_request' THEN _nexus_hub.url_authority(params ->> 'url') ELSE server_id END) STORED,
     CONSTRAINT job_results_server_named
         CHECK (job_type = 'http_request' OR coalesce(server_id, '') <> ''),
     CONSTRAINT job_results_tool_named
@@ -57,14 +79,28 @@ COMMENT ON COLUMN @extschema@.job_results.params IS 'A JSON object. tool_invoke,
 COMMENT ON COLUMN @extschema@.job_results.status IS 'pending (waits), running, completed, failed or cancelled.';
 COMMENT ON COLUMN @extschema@.job_results.result IS 'MCP: the result object as the server sent it; http_request: {"status", "headers", "body" or "body_base64"}.';
 COMMENT ON COLUMN @extschema@.job_results.error IS 'Why the job failed, for people.';
-COMMENT ON COLUMN @extschema@.job_results.created_at IS 'When the job was made; jobs start in this order.';
+COMMENT ON COLUMN @extschema@.job_results.created_at IS 'When the job was made.';
 COMMENT ON COLUMN @extschema@.job_results.started_at IS 'When a worker took the job (the last time).';
 COMMENT ON COLUMN @extschema@.job_results.completed_at IS 'When the job was completed, failed or cancelled; set in these states and in no other.';
 COMMENT ON COLUMN @extschema@.job_results.lease IS 'The fencing token of the claim that runs the job: only an outcome of that very claim is written.';
+COMMENT ON COLUMN @extschema@.job_results.priority IS '1 (first) to 9 (last). A job waits for those of a smaller number that can run; users get 5 or more.';
+COMMENT ON COLUMN @extschema@.job_results.run_at IS 'Not before this time: a schedule, or when a failed attempt is made again. Jobs of one priority and one target start in this order.';
+COMMENT ON COLUMN @extschema@.job_results.timeout_ms IS 'Milliseconds an attempt may take in all, 1 to 3600000. NULL: what params or the server''s config say, else nexus_hub.request_timeout.';
+COMMENT ON COLUMN @extschema@.job_results.max_attempts IS 'Attempts that are made at most, 1 to 100. NULL: 5 for http_request, 3 for resource_fetch and prompt_execute, 1 for tool_invoke.';
+COMMENT ON COLUMN @extschema@.job_results.attempt IS 'How often the job was started, in crashes of the worker, too.';
+COMMENT ON COLUMN @extschema@.job_results.crashes IS 'How often a worker was gone while it ran the job; these do not count towards max_attempts. At nexus_hub.max_crashes the job is set aside as failed.';
+COMMENT ON COLUMN @extschema@.job_results.idempotency_key IS '1 to 255 characters, unique for the user: create_job with the same key gives this job''s id instead of a second job. Not what is sent: that is the job''s id.';
+COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the server_id, or the host and port of an http_request''s URL. Jobs of one target and user wait in one lane.';
 
-CREATE INDEX job_results_pending ON @extschema@.job_results (created_at, id) WHERE status = 'pending';
+CREATE INDEX job_results_pending ON @extschema@.job_results (priority, run_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';
+CREATE INDEX job_results_failed ON @extschema@.job_results (completed_at) WHERE status = 'failed';
 CREATE INDEX job_results_user ON @extschema@.job_results (user_id, created_at);
+-- Two, because NULLs are distinct in a unique index.
+CREATE UNIQUE INDEX job_results_user_idempotency_key ON @extschema@.job_results (user_id, idempotency_key)
+    WHERE idempotency_key IS NOT NULL AND user_id IS NOT NULL;
+CREATE UNIQUE INDEX job_results_nobodys_idempotency_key ON @extschema@.job_results (idempotency_key)
+    WHERE idempotency_key IS NOT NULL AND user_id IS NULL;
 
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.job_results', '');
 
@@ -75,7 +111,7 @@ CREATE POLICY job_results_owner_select ON @extschema@.job_results
 CREATE POLICY job_results_owner_insert ON @extschema@.job_results
     FOR INSERT WITH CHECK (
         user_id = (SELECT @extschema@.nexus_hub_uid())
-        AND status = 'pending' AND job_type <> 'http_request');
+        AND status = 'pending' AND job_type <> 'http_request' AND priority >= 5);
 CREATE POLICY job_results_service_all ON @extschema@.job_results
     FOR ALL USING ((SELECT _nexus_hub.is_service_role())) WITH CHECK ((SELECT _nexus_hub.is_service_role()));
 
@@ -102,11 +138,16 @@ BEGIN
     END IF;
     IF NEW.status = 'pending' THEN
         NEW.started_at := NULL;
+        -- Run again by hand: with all its attempts.
+        IF TG_OP = 'UPDATE' AND OLD.status IN ('completed', 'failed', 'cancelled') THEN
+            NEW.attempt := 0;
+            NEW.crashes := 0;
+        END IF;
     END IF;
     RETURN NEW;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.settle_job() IS 'Trigger: makes times, lease and result follow a status that was set by hand.';
+COMMENT ON FUNCTION _nexus_hub.settle_job() IS 'Trigger: makes times, lease, attempts and result follow a status that was set by hand.';
 
 -- The condition spares the worker's own updates, which are settled already, the call.
 CREATE TRIGGER job_results_settle BEFORE INSERT OR UPDATE ON @extschema@.job_results
@@ -124,8 +165,62 @@ COMMENT ON FUNCTION _nexus_hub.wake_on_change() IS 'Trigger: wakes the worker of
 
 CREATE TRIGGER job_results_wake_insert AFTER INSERT ON @extschema@.job_results
     FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.wake_on_change();
-CREATE TRIGGER job_results_wake_update AFTER UPDATE OF status ON @extschema@.job_results
+CREATE TRIGGER job_results_wake_update AFTER UPDATE OF status, run_at, priority ON @extschema@.job_results
     FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.wake_on_change();
+CREATE TRIGGER job_results_wake_delete AFTER DELETE ON @extschema@.job_results
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.wake_on_change();
+
+-- ── Attempts that failed ──
+
+CREATE TABLE @extschema@.job_attempts (
+    id uuid PRIMARY KEY DEFAULT _nexus_hub.uuid_v7(),
+    job_id uuid NOT NULL REFERENCES @extschema@.job_results (id) ON DELETE CASCADE,
+    attempt integer NOT NULL,
+    started_at timestamptz NOT NULL,
+    finished_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    http_status integer,
+    error text NOT NULL
+);
+COMMENT ON TABLE @extschema@.job_attempts IS 'The attempts that failed, of jobs that were made again and of those that failed in the end. A job that succeeds at once has none.';
+COMMENT ON COLUMN @extschema@.job_attempts.id IS 'The row''s id (UUIDv7).';
+COMMENT ON COLUMN @extschema@.job_attempts.job_id IS 'The job; its attempts are deleted with it.';
+COMMENT ON COLUMN @extschema@.job_attempts.attempt IS 'The how-manyth attempt it was; begins at 1 again after retry_job.';
+COMMENT ON COLUMN @extschema@.job_attempts.started_at IS 'When the worker took the job.';
+COMMENT ON COLUMN @extschema@.job_attempts.finished_at IS 'When the failure was written.';
+COMMENT ON COLUMN @extschema@.job_attempts.http_status IS 'The HTTP status that the attempt failed with, if there was an answer.';
+COMMENT ON COLUMN @extschema@.job_attempts.error IS 'Why it failed, for people.';
+
+CREATE INDEX job_attempts_job ON @extschema@.job_attempts (job_id, attempt);
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.job_attempts', '');
+ALTER TABLE @extschema@.job_attempts ENABLE ROW LEVEL SECURITY;
+-- Who sees a job sees its attempts: the subquery is subject to the policies of job_results.
+CREATE POLICY job_attempts_of_visible_jobs ON @extschema@.job_attempts
+    FOR SELECT USING (EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = job_id));
+
+-- ── Hosts that cannot be reached ──
+
+CREATE TABLE @extschema@.circuit_breakers (
+    host text NOT NULL,
+    worker smallint NOT NULL,
+    state text NOT NULL
+        CONSTRAINT circuit_breakers_state_known CHECK (state IN ('open', 'half-open')),
+    failures integer NOT NULL,
+    opened_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    probe_at timestamptz NOT NULL,
+    error text NOT NULL,
+    PRIMARY KEY (host, worker)
+);
+COMMENT ON TABLE @extschema@.circuit_breakers IS 'Hosts whose jobs wait because connections to them failed again and again. No row: all is well. Written by the worker alone; deleting a row changes nothing.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.host IS 'Host and port.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.worker IS 'Which of the database''s workers says so, 0 for the first.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.state IS 'open: no job is sent; half-open: one is sent as a probe.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.failures IS 'Connections that failed in a row.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.opened_at IS 'When the host''s jobs began to wait.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.probe_at IS 'When one job is sent to see whether the host is back.';
+COMMENT ON COLUMN @extschema@.circuit_breakers.error IS 'The last failure.';
+ALTER TABLE @extschema@.circuit_breakers ENABLE ROW LEVEL SECURITY;
+CREATE POLICY circuit_breakers_service_select ON @extschema@.circuit_breakers
+    FOR SELECT USING ((SELECT _nexus_hub.is_service_role()));
 
 -- ── What the public functions need ──
 
@@ -133,7 +228,26 @@ CREATE FUNCTION _nexus_hub.check_job(job_type text, server_id text, tool_name te
 LANGUAGE c STABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'check_job_wrapper';
 COMMENT ON FUNCTION _nexus_hub.check_job(text, text, text, text, boolean) IS
-    'Raises 22023 with a helpful text when a job''s fields do not fit its type, and 42501 for a type that is not for callers bound to own rows.';
+    'Raises 22023 with a helpful text when a job''s fields do not fit its type, and 42501 for a type that is not for callers bound to own rows and for a URL that the egress policy denies.';
+
+CREATE FUNCTION _nexus_hub.check_job_options(priority integer, run_at timestamptz, timeout_ms integer, max_attempts integer, idempotency_key text, bound boolean) RETURNS void
+LANGUAGE c STABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'check_job_options_wrapper';
+COMMENT ON FUNCTION _nexus_hub.check_job_options(integer, timestamptz, integer, integer, text, boolean) IS
+    'Raises 22023 with a helpful text when an option is out of its range, and 42501 for a priority that is not for callers bound to own rows.';
+
+CREATE FUNCTION _nexus_hub.job_of_key(p_user_id uuid, p_idempotency_key text) RETURNS uuid
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT j.id FROM @extschema@.job_results j
+     WHERE j.idempotency_key = p_idempotency_key AND j.user_id = p_user_id AND p_user_id IS NOT NULL
+    UNION ALL
+    SELECT j.id FROM @extschema@.job_results j
+     WHERE j.idempotency_key = p_idempotency_key AND j.user_id IS NULL AND p_user_id IS NULL;
+END;
+COMMENT ON FUNCTION _nexus_hub.job_of_key(uuid, text) IS
+    'The id of the job that a user has made with an idempotency key. Volatile, to see what was committed during the statement. The caller has been found to be the user, or trusted.';
 
 CREATE FUNCTION _nexus_hub.wake_worker() RETURNS void
 LANGUAGE c VOLATILE
@@ -154,18 +268,31 @@ AS 'MODULE_PATHNAME', 'await_job_wrapper';
 COMMENT ON FUNCTION _nexus_hub.await_job(uuid, integer) IS
     'Blocks until a job is finished or the milliseconds have passed. The caller has been found entitled to it.';
 
-CREATE FUNCTION _nexus_hub.cancel_pending_job(p_job_id uuid) RETURNS boolean
+CREATE FUNCTION _nexus_hub.cancel_unfinished_job(p_job_id uuid) RETURNS boolean
 LANGUAGE sql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     WITH cancelled AS (
         UPDATE @extschema@.job_results
-           SET status = 'cancelled', completed_at = clock_timestamp()
-         WHERE id = p_job_id AND status = 'pending'
+           SET status = 'cancelled', completed_at = clock_timestamp(), lease = NULL
+         WHERE id = p_job_id AND status IN ('pending', 'running')
         RETURNING 1)
     SELECT count(*) > 0 FROM cancelled;
 END;
-COMMENT ON FUNCTION _nexus_hub.cancel_pending_job(uuid) IS 'Cancels a job that is still pending. The caller has been found entitled to it.';
+COMMENT ON FUNCTION _nexus_hub.cancel_unfinished_job(uuid) IS 'Cancels a job that is pending or running. The caller has been found entitled to it.';
+
+CREATE FUNCTION _nexus_hub.retry_finished_jobs(p_job_ids uuid[]) RETURNS integer
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    WITH retried AS (
+        UPDATE @extschema@.job_results
+           SET status = 'pending', run_at = clock_timestamp()
+         WHERE id = ANY (p_job_ids) AND status IN ('failed', 'cancelled')
+        RETURNING 1)
+    SELECT count(*)::integer FROM retried;
+END;
+COMMENT ON FUNCTION _nexus_hub.retry_finished_jobs(uuid[]) IS 'Has failed or cancelled jobs run again, with all their attempts. The caller has been found entitled to them.';
 
 CREATE FUNCTION _nexus_hub.job_progress(p_job_id uuid, OUT finished boolean, OUT writer bigint)
 LANGUAGE sql STABLE
@@ -179,20 +306,75 @@ COMMENT ON FUNCTION _nexus_hub.job_progress(uuid) IS 'Whether a job is finished,
 
 -- ── What users call: caller's rights, row-level security decides, bodies bound at creation (see servers.sql) ──
 
-CREATE FUNCTION @extschema@.create_job(p_user_id uuid, p_job_type text, p_server_id text, p_tool_name text DEFAULT NULL, p_params jsonb DEFAULT '{}')
+CREATE FUNCTION @extschema@.create_job(
+    p_user_id uuid, p_job_type text, p_server_id text, p_tool_name text DEFAULT NULL, p_params jsonb DEFAULT '{}',
+    p_priority integer DEFAULT NULL, p_run_at timestamptz DEFAULT NULL, p_timeout_ms integer DEFAULT NULL,
+    p_max_attempts integer DEFAULT NULL, p_idempotency_key text DEFAULT NULL)
 RETURNS uuid
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT _nexus_hub.check_job(p_job_type, p_server_id, p_tool_name, p_params::text,
+                                row_security_active('@extschema@.job_results'::regclass) AND NOT _nexus_hub.is_service_role()),
+           _nexus_hub.check_job_options(p_priority, p_run_at, p_timeout_ms, p_max_attempts, p_idempotency_key,
                                 row_security_active('@extschema@.job_results'::regclass) AND NOT _nexus_hub.is_service_role());
-    INSERT INTO @extschema@.job_results (user_id, job_type, server_id, tool_name, params)
-    VALUES (_nexus_hub.owner(p_user_id, @extschema@.nexus_hub_uid(), row_security_active('@extschema@.job_results'::regclass)
-                             AND NOT _nexus_hub.is_service_role(), false), p_job_type, p_server_id, p_tool_name, coalesce(p_params, '{}'))
-    RETURNING id;
+    WITH added AS (
+        INSERT INTO @extschema@.job_results
+               (user_id, job_type, server_id, tool_name, params, priority, run_at, timeout_ms, max_attempts, idempotency_key)
+        VALUES (_nexus_hub.owner(p_user_id, @extschema@.nexus_hub_uid(), row_security_active('@extschema@.job_results'::regclass)
+                                 AND NOT _nexus_hub.is_service_role(), false),
+                p_job_type, p_server_id, p_tool_name, coalesce(p_params, '{}'), coalesce(p_priority, 5)::smallint,
+                coalesce(p_run_at, now()), p_timeout_ms, p_max_attempts, p_idempotency_key)
+        ON CONFLICT DO NOTHING
+        RETURNING id)
+    SELECT coalesce((SELECT id FROM added),
+                    _nexus_hub.job_of_key(coalesce(p_user_id, @extschema@.nexus_hub_uid()), p_idempotency_key));
 END;
-COMMENT ON FUNCTION @extschema@.create_job(uuid, text, text, text, jsonb) IS
-    'Adds a job, to be run when this transaction commits, and returns its id. p_user_id: whose job (NULL: the caller''s nexus_hub_uid()). p_job_type: tool_invoke, resource_fetch, prompt_execute or http_request. p_server_id: the MCP server. p_tool_name: the tool or prompt. p_params: the arguments; resource_fetch: {"uri"}; http_request: {"url", …}. Errors: 22023 bad argument, 42501 not the caller''s own.';
+COMMENT ON FUNCTION @extschema@.create_job(uuid, text, text, text, jsonb, integer, timestamptz, integer, integer, text) IS
+    'Adds a job, to be run when this transaction commits, and returns its id. p_user_id: whose job (NULL: the caller''s nexus_hub_uid()). p_job_type: tool_invoke, resource_fetch, prompt_execute or http_request. p_server_id: the MCP server. p_tool_name: the tool or prompt. p_params: the arguments; resource_fetch: {"uri"}; http_request: {"url", …}. p_priority: 1 (first) to 9 (last), users 5 or more (NULL: 5). p_run_at: not before this time. p_timeout_ms: what an attempt may take, 1 to 3600000. p_max_attempts: 1 to 100 (NULL: 5 for http_request, 3 for resource_fetch and prompt_execute, 1 for tool_invoke). p_idempotency_key: 1 to 255 characters; the same key of the same user gives back the first job''s id. Errors: 22023 bad argument, 42501 not the caller''s own, not for users, or denied by the egress policy.';
+
+CREATE FUNCTION @extschema@.http_request(
+    method text, url text, body text DEFAULT NULL, headers jsonb DEFAULT '{}', timeout_ms integer DEFAULT NULL,
+    priority integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, max_attempts integer DEFAULT NULL, idempotency_key text DEFAULT NULL)
+RETURNS uuid
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT @extschema@.create_job(NULL, 'http_request', NULL, NULL,
+        jsonb_strip_nulls(jsonb_build_object('method', http_request.method, 'url', http_request.url, 'body', http_request.body))
+            || jsonb_build_object('headers', coalesce(http_request.headers, '{}')),
+        http_request.priority, http_request.run_at, http_request.timeout_ms, http_request.max_attempts, http_request.idempotency_key);
+END;
+COMMENT ON FUNCTION @extschema@.http_request(text, text, text, jsonb, integer, integer, timestamptz, integer, text) IS
+    'Adds an HTTP request as a job and returns its id; it is sent when this transaction commits. method: GET, POST, … url: http or https. body: sent as it is. headers: an object of strings. timeout_ms: what an attempt may take, 1 to 3600000. priority, run_at, max_attempts, idempotency_key: as in create_job. Errors: 22023 bad argument, 42501 denied by the egress policy.';
+
+CREATE FUNCTION @extschema@.http_get(
+    url text, headers jsonb DEFAULT '{}', timeout_ms integer DEFAULT NULL,
+    priority integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, max_attempts integer DEFAULT NULL, idempotency_key text DEFAULT NULL)
+RETURNS uuid
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT @extschema@.http_request('GET', http_get.url, NULL, http_get.headers, http_get.timeout_ms,
+        http_get.priority, http_get.run_at, http_get.max_attempts, http_get.idempotency_key);
+END;
+COMMENT ON FUNCTION @extschema@.http_get(text, jsonb, integer, integer, timestamptz, integer, text) IS
+    'Adds a GET request as a job and returns its id; see http_request.';
+
+CREATE FUNCTION @extschema@.http_post(
+    url text, body jsonb DEFAULT '{}', headers jsonb DEFAULT '{}', timeout_ms integer DEFAULT NULL,
+    priority integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, max_attempts integer DEFAULT NULL, idempotency_key text DEFAULT NULL)
+RETURNS uuid
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    -- As text, or a JSON string would be sent without its quotes; a Content-Type that is given wins.
+    SELECT @extschema@.http_request('POST', http_post.url, http_post.body::text,
+        jsonb_build_object('Content-Type', 'application/json') || coalesce(http_post.headers, '{}'), http_post.timeout_ms,
+        http_post.priority, http_post.run_at, http_post.max_attempts, http_post.idempotency_key);
+END;
+COMMENT ON FUNCTION @extschema@.http_post(text, jsonb, jsonb, integer, integer, timestamptz, integer, text) IS
+    'Adds a POST request with a JSON body as a job and returns its id; see http_request.';
 
 CREATE FUNCTION @extschema@.get_job_status(p_job_id uuid)
 RETURNS TABLE (id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text,
@@ -224,10 +406,49 @@ CREATE FUNCTION @extschema@.cancel_job(p_job_id uuid) RETURNS boolean
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT coalesce((SELECT _nexus_hub.cancel_pending_job(j.id) FROM @extschema@.job_results j WHERE j.id = p_job_id), false);
+    SELECT coalesce((SELECT _nexus_hub.cancel_unfinished_job(j.id) FROM @extschema@.job_results j WHERE j.id = p_job_id), false);
 END;
 COMMENT ON FUNCTION @extschema@.cancel_job(uuid) IS
-    'Cancels a job that has not started. Returns false when it runs or is finished already, or the caller has no such job.';
+    'Cancels a job that is pending or running; the request of a running one is broken off, but its server may have done the work. Returns false when it is finished already, or the caller has no such job.';
+
+CREATE FUNCTION @extschema@.retry_job(p_job_id uuid) RETURNS boolean
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT _nexus_hub.retry_finished_jobs(ARRAY(SELECT j.id FROM @extschema@.job_results j WHERE j.id = p_job_id)) > 0;
+END;
+COMMENT ON FUNCTION @extschema@.retry_job(uuid) IS
+    'Has a failed or cancelled job run again, with all its attempts and the same Idempotency-Key. Returns false when it is neither, or the caller has no such job.';
+
+CREATE FUNCTION @extschema@.retry_failed_jobs(
+    p_server_id text DEFAULT NULL, p_job_type text DEFAULT NULL, p_since timestamptz DEFAULT NULL, p_until timestamptz DEFAULT NULL)
+RETURNS integer
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT _nexus_hub.retry_finished_jobs(ARRAY(
+        SELECT j.id FROM @extschema@.job_results j
+         WHERE j.status = 'failed'
+           AND (p_server_id IS NULL OR j.server_id = p_server_id)
+           AND (p_job_type IS NULL OR j.job_type = p_job_type)
+           AND j.completed_at >= coalesce(p_since, '-infinity')
+           AND j.completed_at < coalesce(p_until, 'infinity')));
+END;
+COMMENT ON FUNCTION @extschema@.retry_failed_jobs(text, text, timestamptz, timestamptz) IS
+    'Has the caller''s failed jobs run again (the redrive of dead letters), and returns how many. p_server_id, p_job_type: only of these. p_since, p_until: only those that failed at or after p_since and before p_until. NULL: no such condition.';
+
+CREATE FUNCTION @extschema@.get_job_attempts(p_job_id uuid)
+RETURNS TABLE (attempt integer, started_at timestamptz, finished_at timestamptz, http_status integer, error text)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT a.attempt, a.started_at, a.finished_at, a.http_status, a.error
+      FROM @extschema@.job_attempts a
+     WHERE a.job_id = p_job_id
+     ORDER BY a.started_at, a.id;
+END;
+COMMENT ON FUNCTION @extschema@.get_job_attempts(uuid) IS
+    'The attempts of a job that failed, in their order; none when the caller has no such job.';
 
 CREATE FUNCTION @extschema@.execute_job_via_pg_net(job_id uuid) RETURNS void
 LANGUAGE sql VOLATILE
@@ -248,9 +469,13 @@ COMMENT ON FUNCTION @extschema@.execute_job_via_pg_net(uuid) IS
 CREATE VIEW _nexus_hub.job_results AS SELECT * FROM @extschema@.job_results;
 CREATE VIEW _nexus_hub.user_servers AS SELECT * FROM @extschema@.user_servers;
 CREATE VIEW _nexus_hub.system_servers AS SELECT * FROM @extschema@.system_servers;
+CREATE VIEW _nexus_hub.job_attempts AS SELECT * FROM @extschema@.job_attempts;
+CREATE VIEW _nexus_hub.circuit_breakers AS SELECT * FROM @extschema@.circuit_breakers;
 COMMENT ON VIEW _nexus_hub.job_results IS 'The table of that name, for the worker.';
 COMMENT ON VIEW _nexus_hub.user_servers IS 'The table of that name, for the worker.';
 COMMENT ON VIEW _nexus_hub.system_servers IS 'The table of that name, for the worker.';
+COMMENT ON VIEW _nexus_hub.job_attempts IS 'The table of that name, for the worker.';
+COMMENT ON VIEW _nexus_hub.circuit_breakers IS 'The table of that name, for the worker.';
 
 DO $$
 DECLARE
@@ -272,52 +497,145 @@ $$;
 -- Plans are made once and kept, perhaps while the table is empty: without enable_seqscan = off they would go on reading
 -- all of it when it has millions of rows. A join can go wrong in more ways, so that of complete_jobs is planned anew.
 
-CREATE FUNCTION _nexus_hub.claim_jobs(p_lease uuid, p_limit integer)
-RETURNS TABLE (id uuid, job_type text, server_id text, tool_name text, params text,
+CREATE FUNCTION _nexus_hub.read_pending(p_priorities smallint[], p_run_ats timestamptz[], p_ids uuid[], p_limits integer[], p_worker integer, p_workers integer)
+RETURNS TABLE (read integer, run_at timestamptz, id uuid, user_id uuid, is_mcp boolean, target text)
+-- STABLE, with neither SET nor SECURITY DEFINER: inlined into the worker's statement.
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT r.read::integer, p.run_at, p.id, p.user_id, p.is_mcp, p.target
+      FROM unnest(p_priorities, p_run_ats, p_ids, p_limits) WITH ORDINALITY AS r (priority, run_at, id, rows, read)
+     CROSS JOIN LATERAL (
+               SELECT j.run_at, j.id, j.user_id, j.job_type <> 'http_request' AS is_mcp, j.target
+                 FROM @extschema@.job_results j
+                WHERE j.status = 'pending' AND j.priority = r.priority
+                  AND (j.run_at, j.id) >= (r.run_at, r.id) AND j.run_at <= now()
+                  AND (p_workers = 1 OR (hashtext(j.target)::bigint + 2147483648) % p_workers = p_worker)
+                ORDER BY j.run_at, j.id
+                LIMIT r.rows) p;
+END;
+COMMENT ON FUNCTION _nexus_hub.read_pending(smallint[], timestamptz[], uuid[], integer[], integer, integer) IS
+    'Due pending jobs: for each of several reads (numbered from 1) of one priority, those at or after a position, in their order, at most so many. Of the database''s p_workers workers each sees the targets that are its own.';
+
+CREATE FUNCTION _nexus_hub.next_due() RETURNS double precision
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT extract(epoch FROM min(n.run_at) - now())::double precision
+      FROM generate_series(1, 9) AS p (priority)
+     CROSS JOIN LATERAL (
+               SELECT j.run_at
+                 FROM @extschema@.job_results j
+                WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at > now()
+                ORDER BY j.run_at
+                LIMIT 1) n;
+END;
+COMMENT ON FUNCTION _nexus_hub.next_due() IS 'Seconds until the next pending job is due that is not due yet; NULL when there is none.';
+
+CREATE FUNCTION _nexus_hub.read_servers(p_user_ids uuid[], p_server_ids text[])
+RETURNS TABLE (lane integer, user_config bytea, user_enabled boolean, system_config text, system_enabled boolean)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT l.lane::integer, u.config_encrypted, u.enabled, s.config::text, s.enabled
+      FROM unnest(p_user_ids, p_server_ids) WITH ORDINALITY AS l (user_id, server_id, lane)
+      LEFT JOIN @extschema@.user_servers u ON u.user_id = l.user_id AND u.server_id = l.server_id
+      LEFT JOIN @extschema@.system_servers s ON s.id = l.server_id;
+END;
+COMMENT ON FUNCTION _nexus_hub.read_servers(uuid[], text[]) IS 'The servers that jobs of these users with these server ids go to; lane is the place in the arrays.';
+
+CREATE FUNCTION _nexus_hub.claim_jobs(p_lease uuid, p_ids uuid[], p_careful boolean)
+RETURNS TABLE (id uuid, user_id uuid, job_type text, server_id text, tool_name text, params text, timeout_ms integer,
+               attempts integer, max_attempts integer,
                user_config bytea, user_enabled boolean, system_config text, system_enabled boolean)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
+SET lock_timeout = '20ms'
 AS $$
 #variable_conflict use_column
 BEGIN
+    -- Locking each row first costs as much as claiming it: done only when somebody was in the way.
+    IF p_careful THEN
+        p_ids := ARRAY(SELECT p.id FROM _nexus_hub.job_results p
+                        WHERE p.id = ANY (p_ids) AND p.status = 'pending'
+                          FOR UPDATE SKIP LOCKED);
+    END IF;
     RETURN QUERY
     WITH claimed AS (
         UPDATE _nexus_hub.job_results j
-           SET status = 'running', started_at = clock_timestamp(), lease = p_lease
-         WHERE j.id = ANY (ARRAY(
-                   SELECT p.id FROM _nexus_hub.job_results p
-                    WHERE p.status = 'pending'
-                    ORDER BY p.created_at, p.id
-                    LIMIT p_limit
-                      FOR UPDATE SKIP LOCKED))
-        RETURNING j.id, j.user_id, j.job_type, j.server_id, j.tool_name, j.params)
-    SELECT c.id, c.job_type, c.server_id, c.tool_name, c.params::text,
+           SET status = 'running', started_at = clock_timestamp(), lease = p_lease, attempt = j.attempt + 1
+         WHERE j.id = ANY (p_ids) AND j.status = 'pending'
+        RETURNING j.id, j.user_id, j.job_type, j.server_id, j.tool_name, j.params, j.timeout_ms,
+                  j.attempt - j.crashes AS attempts, j.max_attempts)
+    SELECT c.id, c.user_id, c.job_type, c.server_id, c.tool_name, c.params::text, c.timeout_ms, c.attempts, c.max_attempts,
            u.config_encrypted, u.enabled, s.config::text, s.enabled
       FROM claimed c
       LEFT JOIN _nexus_hub.user_servers u ON u.user_id = c.user_id AND u.server_id = c.server_id AND c.job_type <> 'http_request'
       LEFT JOIN _nexus_hub.system_servers s ON s.id = c.server_id AND c.job_type <> 'http_request';
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, integer) IS
-    'Takes up to p_limit pending jobs, oldest first, under the lease p_lease, together with their server''s config.';
+COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, uuid[], boolean) IS
+    'Takes those of the jobs p_ids that are still pending, under the lease p_lease, together with their server''s config. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
 
-CREATE FUNCTION _nexus_hub.complete_jobs(p_ids uuid[], p_leases uuid[], p_statuses text[], p_results text[], p_errors text[])
-RETURNS SETOF uuid
+CREATE FUNCTION _nexus_hub.lost_jobs(p_ids uuid[], p_leases uuid[]) RETURNS SETOF uuid
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT o.id
+      FROM unnest(p_ids, p_leases) AS o (id, lease)
+     WHERE NOT EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = o.id AND j.lease = o.lease);
+END;
+COMMENT ON FUNCTION _nexus_hub.lost_jobs(uuid[], uuid[]) IS 'Those of the jobs that are no longer held under the leases: cancelled, deleted or changed by hand.';
+
+CREATE FUNCTION _nexus_hub.write_outcomes(p_ids uuid[], p_leases uuid[], p_statuses text[], p_results text[], p_errors text[],
+                                          p_http_statuses integer[], p_delays_ms bigint[])
+RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 SET plan_cache_mode = force_custom_plan
+AS $$
+BEGIN
+    -- Only a running job has a lease. Said again with its status, the index of running jobs would look better to the
+    -- planner than it is for a join.
+    IF 'completed' = ALL (p_statuses) THEN
+        UPDATE _nexus_hub.job_results j
+           SET status = 'completed', result = o.result::jsonb, completed_at = clock_timestamp(), lease = NULL
+          FROM unnest(p_ids, p_leases, p_results) AS o (id, lease, result)
+         WHERE j.id = o.id AND j.lease = o.lease;
+        RETURN;
+    END IF;
+    WITH written AS (
+        UPDATE _nexus_hub.job_results j
+           SET status = o.status, lease = NULL,
+               result = CASE WHEN o.status <> 'pending' THEN o.result::jsonb END,
+               error = CASE WHEN o.status = 'failed' THEN o.error END,
+               completed_at = CASE WHEN o.status IN ('completed', 'failed') THEN clock_timestamp() END,
+               started_at = CASE WHEN o.status <> 'pending' THEN j.started_at END,
+               run_at = CASE WHEN o.status = 'pending' THEN clock_timestamp() + o.delay_ms * interval '1 millisecond' ELSE j.run_at END
+          FROM unnest(p_ids, p_leases, p_statuses, p_results, p_errors, p_http_statuses, p_delays_ms)
+                 AS o (id, lease, status, result, error, http_status, delay_ms)
+          -- The row as it was, for the time the attempt was started.
+          JOIN _nexus_hub.job_results b ON b.id = o.id
+         WHERE j.id = o.id AND j.lease = o.lease
+        RETURNING j.id, j.attempt, b.started_at, o.status, o.http_status, o.error)
+    INSERT INTO _nexus_hub.job_attempts (job_id, attempt, started_at, http_status, error)
+    SELECT w.id, w.attempt, w.started_at, w.http_status, w.error
+      FROM written w
+     WHERE w.status IN ('failed', 'pending');
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.write_outcomes(uuid[], uuid[], text[], text[], text[], integer[], bigint[]) IS
+    'complete_jobs for rows that nobody keeps locked, with answers that jsonb takes.';
+
+CREATE FUNCTION _nexus_hub.complete_jobs(p_ids uuid[], p_leases uuid[], p_statuses text[], p_results text[], p_errors text[],
+                                         p_http_statuses integer[], p_delays_ms bigint[])
+RETURNS SETOF uuid
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
 SET lock_timeout = '20ms'
 AS $$
 BEGIN
     BEGIN
-        UPDATE _nexus_hub.job_results j
-           SET status = o.status, result = o.result::jsonb, error = o.error, completed_at = clock_timestamp(), lease = NULL
-          FROM unnest(p_ids, p_leases, p_statuses, p_results, p_errors) AS o (id, lease, status, result, error)
-         -- Only a running job has a lease. Said again with its status, the index of running jobs would look better to
-         -- the planner than it is for a join.
-         WHERE j.id = o.id AND j.lease = o.lease;
+        PERFORM _nexus_hub.write_outcomes(p_ids, p_leases, p_statuses, p_results, p_errors, p_http_statuses, p_delays_ms);
         RETURN;
     EXCEPTION WHEN data_exception OR program_limit_exceeded OR lock_not_available THEN
         -- One answer that jsonb can't hold, or one row that a session keeps locked, must not hold up the others: one by
@@ -334,23 +652,20 @@ BEGIN
             CONTINUE;
         END IF;
         BEGIN
-            UPDATE _nexus_hub.job_results j
-               SET status = p_statuses[i], result = p_results[i]::jsonb, error = p_errors[i],
-                   completed_at = clock_timestamp(), lease = NULL
-             WHERE j.id = p_ids[i];
+            PERFORM _nexus_hub.write_outcomes(p_ids[i:i], p_leases[i:i], p_statuses[i:i], p_results[i:i], p_errors[i:i],
+                                              p_http_statuses[i:i], p_delays_ms[i:i]);
         EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
-            UPDATE _nexus_hub.job_results j
-               SET status = 'failed', error = 'the answer cannot be stored as jsonb: ' || SQLERRM,
-                   completed_at = clock_timestamp(), lease = NULL
-             WHERE j.id = p_ids[i];
+            PERFORM _nexus_hub.write_outcomes(p_ids[i:i], p_leases[i:i], ARRAY['failed'], ARRAY[NULL::text],
+                                              ARRAY['the answer cannot be stored as jsonb: ' || SQLERRM],
+                                              p_http_statuses[i:i], ARRAY[NULL::bigint]);
         END;
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.complete_jobs(uuid[], uuid[], text[], text[], text[]) IS
-    'Writes the outcomes of jobs that are still running under the lease they were claimed with, and returns those whose rows are locked, to be written later. Others (cancelled meanwhile, say) stay as they are.';
+COMMENT ON FUNCTION _nexus_hub.complete_jobs(uuid[], uuid[], text[], text[], text[], integer[], bigint[]) IS
+    'Writes the outcomes of jobs that are still running under the lease they were claimed with, and returns those whose rows are locked, to be written later. Others (cancelled meanwhile, say) stay as they are. Status completed; failed; pending: to be tried again after so many milliseconds; running: handed over to an executor elsewhere.';
 
-CREATE FUNCTION _nexus_hub.release_jobs(p_leases uuid[]) RETURNS integer
+CREATE FUNCTION _nexus_hub.release_jobs(p_leases uuid[], p_max_crashes integer) RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
@@ -358,15 +673,59 @@ AS $$
 DECLARE
     released integer;
 BEGIN
-    UPDATE _nexus_hub.job_results
-       SET status = 'pending', started_at = NULL, lease = NULL
-     WHERE id = ANY (ARRAY(
-               SELECT j.id FROM _nexus_hub.job_results j
-                WHERE j.status = 'running' AND j.lease IS NOT NULL AND j.lease <> ALL (p_leases)
-                  FOR UPDATE SKIP LOCKED));
+    WITH held AS (
+        SELECT j.id, j.attempt, j.started_at, p_max_crashes IS NOT NULL AND j.crashes + 1 >= p_max_crashes AS is_poison
+          FROM _nexus_hub.job_results j
+         WHERE j.status = 'running' AND j.lease = ANY (p_leases)
+           FOR UPDATE SKIP LOCKED),
+    kept AS (
+        INSERT INTO _nexus_hub.job_attempts (job_id, attempt, started_at, error)
+        SELECT h.id, h.attempt, h.started_at, 'the worker was gone before the answer was there'
+          FROM held h
+         WHERE p_max_crashes IS NOT NULL)
+    UPDATE _nexus_hub.job_results j
+       SET status = CASE WHEN h.is_poison THEN 'failed' ELSE 'pending' END,
+           error = CASE WHEN h.is_poison THEN
+               format('set aside: the worker crashed %s times while this job was in flight (nexus_hub.max_crashes)', j.crashes + 1) END,
+           completed_at = CASE WHEN h.is_poison THEN clock_timestamp() END,
+           started_at = CASE WHEN h.is_poison THEN j.started_at END,
+           attempt = j.attempt - (p_max_crashes IS NULL)::integer,
+           crashes = j.crashes + (p_max_crashes IS NOT NULL)::integer,
+           lease = NULL
+      FROM held h
+     WHERE j.id = h.id;
     GET DIAGNOSTICS released = ROW_COUNT;
     RETURN released;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.release_jobs(uuid[]) IS
-    'Gives back the jobs held under other leases than these, which are the ones of the database''s only worker.';
+COMMENT ON FUNCTION _nexus_hub.release_jobs(uuid[], integer) IS
+    'Gives back the jobs held under these leases. p_max_crashes NULL: by a worker that ends in order, and the attempt counts for nothing. Else by a worker that is gone: a job in as many crashes is set aside as failed.';
+
+CREATE FUNCTION _nexus_hub.held_leases() RETURNS SETOF uuid
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT DISTINCT j.lease FROM @extschema@.job_results j WHERE j.status = 'running' AND j.lease IS NOT NULL;
+END;
+COMMENT ON FUNCTION _nexus_hub.held_leases() IS 'The leases of all running jobs.';
+
+CREATE FUNCTION _nexus_hub.write_breakers(p_worker integer, p_hosts text[], p_states text[], p_failures integer[], p_probe_in_ms bigint[], p_errors text[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- No hosts: the worker starts, with all of them closed.
+    DELETE FROM _nexus_hub.circuit_breakers b
+     WHERE b.worker = p_worker
+       AND (p_hosts IS NULL OR EXISTS (SELECT FROM unnest(p_hosts, p_states) AS c (host, state)
+                                        WHERE c.host = b.host AND c.state = 'closed'));
+    INSERT INTO _nexus_hub.circuit_breakers AS b (host, worker, state, failures, probe_at, error)
+    SELECT c.host, p_worker, c.state, c.failures, clock_timestamp() + c.probe_in_ms * interval '1 millisecond', c.error
+      FROM unnest(p_hosts, p_states, p_failures, p_probe_in_ms, p_errors) AS c (host, state, failures, probe_in_ms, error)
+     WHERE c.state <> 'closed'
+    ON CONFLICT (host, worker) DO UPDATE
+       SET state = excluded.state, failures = excluded.failures, probe_at = excluded.probe_at, error = excluded.error;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.write_breakers(integer, text[], text[], integer[], bigint[], text[]) IS
+    'Shows how the circuit breakers of a worker''s hosts stand now, those that changed; NULL for p_hosts: all are closed.';

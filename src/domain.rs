@@ -1,7 +1,11 @@
 //! The pure floor: no PostgreSQL, no network, no clock and no randomness of its own. Tested by `cargo test --lib`.
 
+pub mod backoff;
+pub mod breaker;
+pub mod egress;
 pub mod envelope;
 pub mod job;
 pub mod json;
 pub mod keyring;
+pub mod schedule;
 pub mod secret;

@@ -2,11 +2,12 @@
 
 pub mod queue;
 
-use crate::domain::job::{self, JobType};
+use crate::domain::job::{self, JobType, Options};
 use crate::net::endpoint;
 use crate::net::http::HttpCall;
 use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
 use crate::pg::{bgworker, shmem, snapshot, xact};
+use crate::servers;
 use pgrx::prelude::*;
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -43,10 +44,40 @@ fn check_job(
                 error(Kind::NotAllowed, "http_request jobs are not for users").set_hint("Create them as service_role.")
             );
         }
-        HttpCall::parse(text)
+        let call = HttpCall::parse(text)
             .map_err(|problem| error(Kind::BadArgument, format!("bad request in p_params: {problem}")))?;
+        servers::check_egress(call.url())?;
     }
     Ok(())
+}
+
+/// Raises a helpful error when an option of a job is out of its range.
+#[pg_extern(sql = false)]
+fn check_job_options(
+    priority: Option<i32>,
+    run_at: Option<TimestampWithTimeZone>,
+    timeout_ms: Option<i32>,
+    max_attempts: Option<i32>,
+    idempotency_key: Option<&str>,
+    bound: bool,
+) -> Result<(), ErrorReport> {
+    job::check_options(&Options { priority, timeout_ms, max_attempts, idempotency_key })
+        .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))?;
+    if run_at.is_some_and(|time| time.is_infinity() || time.is_neg_infinity()) {
+        return Err(error(Kind::BadArgument, "p_run_at must be a time, not infinity")
+            .set_hint("A job that shall not run for now is one that has not been made yet."));
+    }
+    if bound && priority.is_some_and(|priority| priority < job::USERS_PRIORITY) {
+        return Err(error(Kind::NotAllowed, format!("p_priority must be {} or more for users", job::USERS_PRIORITY))
+            .set_hint("Smaller numbers go before all others; create such jobs as service_role."));
+    }
+    Ok(())
+}
+
+/// The host and port that a URL leads to; empty for what is no URL.
+#[pg_extern(sql = false, immutable, parallel_safe, strict)]
+fn url_authority(url: &str) -> String {
+    endpoint::parse_url(url).map(|url| endpoint::authority(&url)).unwrap_or_default()
 }
 
 /// Wakes the worker of this database when the transaction commits.
@@ -76,8 +107,11 @@ fn wake_on_change<'a>(
 ) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, ErrorReport> {
     if shmem::preloaded() {
         let is_insert = matches!(trigger.op(), Ok(PgTriggerOperation::Insert));
-        if is_insert || !bgworker::is_own_worker() {
+        if is_insert {
             xact::wake_worker_at_commit();
+        } else if !bgworker::is_own_worker() {
+            // A running job may be among those that were changed.
+            xact::have_worker_look_at_commit();
         }
     } else {
         warn_not_preloaded();

@@ -2,12 +2,15 @@
 //!
 //! Nothing here knows PostgreSQL, and nothing here may call it: the thread is not PostgreSQL's.
 
+mod body;
 pub mod endpoint;
 pub mod failure;
 pub mod http;
 pub mod mcp;
+pub mod outbound;
 mod outcome;
 mod runtime;
 
-pub use outcome::{Outcome, Verdict};
-pub use runtime::{Limits, Net, Request, ThreadGone, Work};
+pub use body::Held;
+pub use outcome::{Ending, Retry, Verdict};
+pub use runtime::{LimitValues, Limits, Net, Request, ThreadGone, Work};

@@ -1,9 +1,12 @@
 //! Servers: what add_server and update_server need beyond SQL, and how a config is read back for the worker.
 
 use crate::net::endpoint::Endpoint;
+use crate::net::outbound;
 use crate::pg::error::{ErrorReport, Kind, error};
+use crate::pg::guc;
 use crate::vault;
 use pgrx::prelude::*;
+use reqwest::Url;
 
 const MAX_SERVER_ID_LENGTH: usize = 200;
 
@@ -58,12 +61,22 @@ fn server_id(server_id: Option<&str>) -> Result<String, ErrorReport> {
 #[pg_extern(sql = false)]
 fn seal_server_config(config: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let text = config.unwrap_or("null");
-    Endpoint::parse(text).map_err(|problem| {
+    let endpoint = Endpoint::parse(text).map_err(|problem| {
         error(Kind::BadArgument, format!("bad server config: {problem}")).set_hint(
             "A config is {\"url\": \"https://host/mcp\", \"headers\": {\"Authorization\": \"Bearer …\"}, \"timeout_ms\": 30000}; only url is required.",
         )
     })?;
+    check_egress(&endpoint.url)?;
     vault::seal(text, None)
+}
+
+/// Raises an error for a URL that the egress policy denies, as far as that can be told without resolving a name.
+pub fn check_egress(url: &Url) -> Result<(), ErrorReport> {
+    match outbound::refusal(&guc::egress_policy(), url) {
+        None => Ok(()),
+        Some(what) => Err(error(Kind::NotAllowed, format!("the egress policy does not allow {what}"))
+            .set_hint("A superuser opens hosts, addresses and networks with the setting nexus_hub.egress_allow.")),
+    }
 }
 
 /// What claim_jobs found of a job's server.
@@ -75,10 +88,17 @@ pub struct ServerRow {
     pub system_enabled: Option<bool>,
 }
 
+impl ServerRow {
+    /// Whether the server is the user's own.
+    pub fn is_users_own(&self) -> bool {
+        self.user_enabled == Some(true)
+    }
+}
+
 /// The server a job goes to: the user's own if enabled, else the system's if enabled. The error is for the job's row.
 pub fn resolve(server_id: &str, row: &ServerRow) -> Result<Endpoint, String> {
     let bad_config = |problem: String| format!("the config of server \"{server_id}\" cannot be used: {problem}");
-    if row.user_enabled == Some(true) {
+    if row.is_users_own() {
         let sealed = row.user_config.as_deref().ok_or_else(|| bad_config("it is missing".into()))?;
         // Without the HINT, which is for the one who runs the server.
         let text = vault::open(sealed, None).map_err(|report| bad_config(report.message().to_owned()))?;

@@ -2,8 +2,10 @@
 
 mod assign;
 mod backlog;
+mod feed;
 mod launcher;
 mod run;
+mod start;
 
 use crate::pg::bgworker;
 use pgrx::prelude::*;
@@ -31,6 +33,6 @@ pub extern "C-unwind" fn nexus_hub_launcher_main(_argument: pg_sys::Datum) {
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn nexus_hub_worker_main(argument: pg_sys::Datum) {
-    let code = run::main(argument.value());
+    let code = start::main(argument.value());
     bgworker::exit(code);
 }

@@ -20,6 +20,56 @@ impl JobType {
             _ => None,
         }
     }
+
+    /// Attempts that are made at most, unless the job says: a tool call may not be one to be made twice.
+    pub fn max_attempts(self) -> i32 {
+        match self {
+            Self::HttpRequest => 5,
+            Self::ResourceFetch | Self::PromptExecute => 3,
+            Self::ToolInvoke => 1,
+        }
+    }
+}
+
+/// The options of a job, none of them required.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options<'a> {
+    pub priority: Option<i32>,
+    pub timeout_ms: Option<i32>,
+    pub max_attempts: Option<i32>,
+    pub idempotency_key: Option<&'a str>,
+}
+
+/// The first priority that users may give.
+pub const USERS_PRIORITY: i32 = 5;
+
+/// Checks a job's options as the table's constraints do, but with texts that help.
+pub fn check_options(options: &Options<'_>) -> Result<(), Misfit> {
+    let outside =
+        |value: Option<i32>, range: std::ops::RangeInclusive<i32>| value.filter(|value| !range.contains(value));
+    let fault = |problem: String, advice| Err(Misfit { problem, advice });
+    if let Some(value) = outside(options.priority, 1..=9) {
+        return fault(format!("p_priority must be between 1 and 9, not {value}"), "1 is first, 5 is usual, 9 is last.");
+    }
+    if let Some(value) = outside(options.timeout_ms, 1..=3_600_000) {
+        return fault(
+            format!("p_timeout_ms must be between 1 and 3600000, not {value}"),
+            "It is the time an attempt may take in all, in milliseconds.",
+        );
+    }
+    if let Some(value) = outside(options.max_attempts, 1..=100) {
+        return fault(
+            format!("p_max_attempts must be between 1 and 100, not {value}"),
+            "1 means that the job is not tried again.",
+        );
+    }
+    match options.idempotency_key.map(|key| key.chars().count()) {
+        None | Some(1..=255) => Ok(()),
+        Some(length) => fault(
+            format!("p_idempotency_key must have 1 to 255 characters, not {length}"),
+            "Leave it NULL where the job may be made twice.",
+        ),
+    }
 }
 
 /// What is wrong with a job's fields, and what to do.
@@ -91,6 +141,19 @@ mod tests {
             Ok(JobType::ResourceFetch)
         );
         assert_eq!(check(Some("http_request"), None, None, true, |key| key == "url"), Ok(JobType::HttpRequest));
+    }
+
+    #[test]
+    fn options_out_of_range_are_named_with_their_value() {
+        let problem =
+            |options: Options<'_>| check_options(&options).err().map(|misfit| misfit.problem).unwrap_or_default();
+        let long = "x".repeat(256);
+        assert_eq!(problem(Options::default()), "");
+        assert!(problem(Options { priority: Some(0), ..Options::default() }).ends_with("between 1 and 9, not 0"));
+        assert!(problem(Options { timeout_ms: Some(-1), ..Options::default() }).ends_with("not -1"));
+        assert!(problem(Options { max_attempts: Some(101), ..Options::default() }).ends_with("not 101"));
+        assert!(problem(Options { idempotency_key: Some(""), ..Options::default() }).ends_with("not 0"));
+        assert!(problem(Options { idempotency_key: Some(&long), ..Options::default() }).ends_with("not 256"));
     }
 
     #[test]

@@ -1,28 +1,53 @@
-//! The worker's side of the job table: claim, complete, give back. Call everything here in a transaction.
+//! The worker's side of the job table: read, claim, complete, give back. Call everything here in a transaction.
 
-use crate::net::{Outcome, Verdict};
+use crate::domain::schedule::{BreakerState, LaneKey, Position, Read, Row};
+use crate::net::Verdict;
 use crate::servers::ServerRow;
 use pgrx::prelude::*;
-use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiError};
+use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiError, SpiHeapTupleData};
+use std::time::Duration;
 use uuid::Uuid;
 
 /// A job that this worker has to run.
 #[derive(Clone, Debug)]
 pub struct ClaimedJob {
     pub id: Uuid,
-    pub lease: Uuid,
+    pub user_id: Option<Uuid>,
     pub job_type: String,
     pub server_id: Option<String>,
     pub tool_name: Option<String>,
     pub params: String,
+    pub timeout: Option<Duration>,
+    /// Attempts with this one, crashes left out.
+    pub attempts: i32,
+    pub max_attempts: Option<i32>,
     pub server: ServerRow,
+}
+
+/// What is to be written of a job that was run.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    pub job: Uuid,
+    pub lease: Uuid,
+    pub verdict: Verdict,
+    pub http_status: Option<u16>,
+    /// The job is not finished, but tried again after this time.
+    pub retry_in: Option<Duration>,
 }
 
 /// The job table, as the worker works with it. Statements are planned once and kept.
 pub struct Queue {
+    read: OwnedPreparedStatement,
+    next_due: OwnedPreparedStatement,
+    servers: OwnedPreparedStatement,
     claim: OwnedPreparedStatement,
     complete: OwnedPreparedStatement,
+    lost: OwnedPreparedStatement,
+    held: OwnedPreparedStatement,
     release: OwnedPreparedStatement,
+    breakers: OwnedPreparedStatement,
+    /// Which of the database's workers this is, and how many there are.
+    share: (i32, i32),
 }
 
 fn datum(id: Uuid) -> pgrx::Uuid {
@@ -33,29 +58,85 @@ fn id(datum: pgrx::Uuid) -> Uuid {
     Uuid::from_bytes(*datum.as_bytes())
 }
 
+fn number(id: pgrx::Uuid) -> u128 {
+    u128::from_be_bytes(*id.as_bytes())
+}
+
+fn time(microseconds: i64) -> TimestampWithTimeZone {
+    TimestampWithTimeZone::try_from(microseconds).unwrap_or_else(|_| TimestampWithTimeZone::negative_infinity())
+}
+
+fn server(row: &SpiHeapTupleData<'_>, first: usize) -> Result<ServerRow, SpiError> {
+    Ok(ServerRow {
+        user_config: row.get(first)?,
+        user_enabled: row.get(first + 1)?,
+        system_config: row.get(first + 2)?,
+        system_enabled: row.get(first + 3)?,
+    })
+}
+
 impl Queue {
-    /// Prepares the statements.
-    pub fn open() -> Result<Self, SpiError> {
+    /// Prepares the statements of the worker that is number `share.0` of `share.1`.
+    pub fn open(share: (u16, u16)) -> Result<Self, SpiError> {
+        use PgBuiltInOids as Oids;
         Spi::connect_mut(|client| {
-            let uuid = PgOid::BuiltIn(PgBuiltInOids::UUIDOID);
-            let uuids = PgOid::BuiltIn(PgBuiltInOids::UUIDARRAYOID);
-            let texts = PgOid::BuiltIn(PgBuiltInOids::TEXTARRAYOID);
-            let number = PgOid::BuiltIn(PgBuiltInOids::INT4OID);
+            let prepare = |statement: &str, arguments: &[PgBuiltInOids]| {
+                let arguments: Vec<_> = arguments.iter().map(|oid| PgOid::BuiltIn(*oid)).collect();
+                client.prepare_mut(statement, &arguments).map(|prepared| prepared.keep())
+            };
             Ok(Self {
-                claim: client
-                    .prepare_mut(
-                        "SELECT id, job_type, server_id, tool_name, params, user_config, user_enabled, system_config, system_enabled
-                           FROM _nexus_hub.claim_jobs($1, $2)",
-                        &[uuid, number],
-                    )?
-                    .keep(),
-                complete: client
-                    .prepare_mut(
-                        "SELECT later FROM _nexus_hub.complete_jobs($1, $2, $3, $4, $5) AS later",
-                        &[uuids, uuids, texts, texts, texts],
-                    )?
-                    .keep(),
-                release: client.prepare_mut("SELECT _nexus_hub.release_jobs($1)", &[uuids])?.keep(),
+                read: prepare(
+                    "SELECT read, run_at, id, user_id, is_mcp, target FROM _nexus_hub.read_pending($1, $2, $3, $4, $5, $6)",
+                    &[
+                        Oids::INT2ARRAYOID,
+                        Oids::TIMESTAMPTZARRAYOID,
+                        Oids::UUIDARRAYOID,
+                        Oids::INT4ARRAYOID,
+                        Oids::INT4OID,
+                        Oids::INT4OID,
+                    ],
+                )?,
+                next_due: prepare("SELECT _nexus_hub.next_due()", &[])?,
+                servers: prepare(
+                    "SELECT lane, user_config, user_enabled, system_config, system_enabled FROM _nexus_hub.read_servers($1, $2)",
+                    &[Oids::UUIDARRAYOID, Oids::TEXTARRAYOID],
+                )?,
+                claim: prepare(
+                    "SELECT id, user_id, job_type, server_id, tool_name, params, timeout_ms, attempts, max_attempts,
+                            user_config, user_enabled, system_config, system_enabled
+                       FROM _nexus_hub.claim_jobs($1, $2, $3)",
+                    &[Oids::UUIDOID, Oids::UUIDARRAYOID, Oids::BOOLOID],
+                )?,
+                complete: prepare(
+                    "SELECT later FROM _nexus_hub.complete_jobs($1, $2, $3, $4, $5, $6, $7) AS later",
+                    &[
+                        Oids::UUIDARRAYOID,
+                        Oids::UUIDARRAYOID,
+                        Oids::TEXTARRAYOID,
+                        Oids::TEXTARRAYOID,
+                        Oids::TEXTARRAYOID,
+                        Oids::INT4ARRAYOID,
+                        Oids::INT8ARRAYOID,
+                    ],
+                )?,
+                lost: prepare(
+                    "SELECT lost FROM _nexus_hub.lost_jobs($1, $2) AS lost",
+                    &[Oids::UUIDARRAYOID, Oids::UUIDARRAYOID],
+                )?,
+                held: prepare("SELECT held FROM _nexus_hub.held_leases() AS held", &[])?,
+                release: prepare("SELECT _nexus_hub.release_jobs($1, $2)", &[Oids::UUIDARRAYOID, Oids::INT4OID])?,
+                breakers: prepare(
+                    "SELECT _nexus_hub.write_breakers($1, $2, $3, $4, $5, $6)",
+                    &[
+                        Oids::INT4OID,
+                        Oids::TEXTARRAYOID,
+                        Oids::TEXTARRAYOID,
+                        Oids::INT4ARRAYOID,
+                        Oids::INT8ARRAYOID,
+                        Oids::TEXTARRAYOID,
+                    ],
+                )?,
+                share: (share.0.into(), share.1.into()),
             })
         })
     }
@@ -74,27 +155,91 @@ impl Queue {
         })
     }
 
-    /// Takes up to `limit` pending jobs, oldest first, under a lease: a fencing token that is used once.
-    pub fn claim(&self, lease: Uuid, limit: usize) -> Result<Vec<ClaimedJob>, SpiError> {
+    /// A setting of the seeds' own, `app.…`; empty when it is not set.
+    pub fn app_setting(name: &str) -> Result<String, SpiError> {
+        Spi::connect(|client| {
+            let rows = client.select(
+                "SELECT pg_catalog.current_setting($1, true)",
+                Some(1),
+                &[format!("app.{name}").into()],
+            )?;
+            Ok(rows.first().get_one::<String>()?.unwrap_or_default())
+        })
+    }
+
+    /// Reads pending jobs that are due: what each of the reads has found.
+    pub fn read(&self, reads: &[Read]) -> Result<Vec<Vec<Row>>, SpiError> {
+        let priorities: Vec<i16> = reads.iter().map(|read| read.priority as i16 + 1).collect();
+        let times: Vec<_> = reads.iter().map(|read| time(read.from.run_at)).collect();
+        let ids: Vec<_> = reads.iter().map(|read| pgrx::Uuid::from_bytes(read.from.id.to_be_bytes())).collect();
+        let limits: Vec<i32> = reads.iter().map(|read| read.limit as i32).collect();
+        let mut found: Vec<Vec<Row>> = reads.iter().map(|_| Vec::new()).collect();
+        Spi::connect(|client| {
+            let arguments =
+                [priorities.into(), times.into(), ids.into(), limits.into(), self.share.0.into(), self.share.1.into()];
+            for row in client.select(&self.read, None, &arguments)? {
+                let (read, run_at) = (row.get::<i32>(1)?, row.get::<TimestampWithTimeZone>(2)?);
+                let (Some(read), Some(run_at), Some(id)) = (read, run_at, row.get::<pgrx::Uuid>(3)?) else { continue };
+                let key = LaneKey {
+                    user: row.get::<pgrx::Uuid>(4)?.map(number),
+                    is_mcp: row.get(5)?.unwrap_or_default(),
+                    target: row.get(6)?.unwrap_or_default(),
+                };
+                let position = Position { run_at: run_at.into(), id: number(id) };
+                if let Some(rows) = usize::try_from(read - 1).ok().and_then(|read| found.get_mut(read)) {
+                    rows.push(Row { position, key });
+                }
+            }
+            Ok(found)
+        })
+    }
+
+    /// Time until the next job is due that is not due yet.
+    pub fn next_due(&self) -> Result<Option<Duration>, SpiError> {
+        Spi::connect(|client| {
+            let seconds = client.select(&self.next_due, Some(1), &[])?.first().get_one::<f64>()?;
+            Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)))
+        })
+    }
+
+    /// The servers that the jobs of MCP lanes go to.
+    pub fn servers(&self, lanes: &[LaneKey]) -> Result<Vec<ServerRow>, SpiError> {
+        let users: Vec<_> =
+            lanes.iter().map(|lane| lane.user.map(|user| pgrx::Uuid::from_bytes(user.to_be_bytes()))).collect();
+        let targets: Vec<_> = lanes.iter().map(|lane| lane.target.clone()).collect();
+        let mut servers = vec![ServerRow::default(); lanes.len()];
+        Spi::connect(|client| {
+            for row in client.select(&self.servers, None, &[users.into(), targets.into()])? {
+                let lane = row.get::<i32>(1)?.and_then(|lane| usize::try_from(lane - 1).ok());
+                if let Some(place) = lane.and_then(|lane| servers.get_mut(lane)) {
+                    *place = server(&row, 2)?;
+                }
+            }
+            Ok(servers)
+        })
+    }
+
+    /// Takes those of the jobs that are still pending, under a lease: a fencing token that is used once. `careful`:
+    /// passes over rows that somebody keeps locked, instead of failing.
+    pub fn claim(&self, lease: Uuid, jobs: &[u128], careful: bool) -> Result<Vec<ClaimedJob>, SpiError> {
+        let jobs: Vec<_> = jobs.iter().map(|job| pgrx::Uuid::from_bytes(job.to_be_bytes())).collect();
         Spi::connect_mut(|client: &mut SpiClient<'_>| {
-            let limit = i32::try_from(limit).unwrap_or(i32::MAX);
-            let rows = client.update(&self.claim, None, &[datum(lease).into(), limit.into()])?;
+            let rows = client.update(&self.claim, None, &[datum(lease).into(), jobs.into(), careful.into()])?;
             let mut jobs = Vec::with_capacity(rows.len());
             for row in rows {
                 let Some(job) = row.get::<pgrx::Uuid>(1)? else { continue };
+                let timeout = row.get::<i32>(7)?.map(|time| Duration::from_millis(time.unsigned_abs().into()));
                 jobs.push(ClaimedJob {
                     id: id(job),
-                    lease,
-                    job_type: row.get(2)?.unwrap_or_default(),
-                    server_id: row.get(3)?,
-                    tool_name: row.get(4)?,
-                    params: row.get(5)?.unwrap_or_default(),
-                    server: ServerRow {
-                        user_config: row.get(6)?,
-                        user_enabled: row.get(7)?,
-                        system_config: row.get(8)?,
-                        system_enabled: row.get(9)?,
-                    },
+                    user_id: row.get::<pgrx::Uuid>(2)?.map(id),
+                    job_type: row.get(3)?.unwrap_or_default(),
+                    server_id: row.get(4)?,
+                    tool_name: row.get(5)?,
+                    params: row.get(6)?.unwrap_or_default(),
+                    timeout,
+                    attempts: row.get(8)?.unwrap_or(1),
+                    max_attempts: row.get(9)?,
+                    server: server(&row, 10)?,
                 });
             }
             Ok(jobs)
@@ -103,44 +248,86 @@ impl Queue {
 
     /// Writes outcomes of jobs that are still held under their leases. Returns the jobs whose rows somebody else
     /// keeps locked: theirs must be written later.
-    pub fn complete(&self, outcomes: &[&Outcome]) -> Result<Vec<Uuid>, SpiError> {
-        let mut ids = Vec::with_capacity(outcomes.len());
-        let mut leases = Vec::with_capacity(outcomes.len());
-        let mut statuses = Vec::with_capacity(outcomes.len());
-        let mut results = Vec::with_capacity(outcomes.len());
-        let mut errors = Vec::with_capacity(outcomes.len());
-        for outcome in outcomes {
-            let (status, result, error) = match &outcome.verdict {
+    pub fn complete(&self, completions: &[&Completion]) -> Result<Vec<Uuid>, SpiError> {
+        let mut ids = Vec::with_capacity(completions.len());
+        let mut leases = Vec::with_capacity(completions.len());
+        let mut statuses = Vec::with_capacity(completions.len());
+        let mut results = Vec::with_capacity(completions.len());
+        let mut errors = Vec::with_capacity(completions.len());
+        let mut http_statuses = Vec::with_capacity(completions.len());
+        let mut delays = Vec::with_capacity(completions.len());
+        for completion in completions {
+            let (status, result, error) = match &completion.verdict {
                 Verdict::Completed { result } => ("completed", Some(result.as_str()), None),
+                Verdict::Failed { error, .. } if completion.retry_in.is_some() => {
+                    ("pending", None, Some(error.as_str()))
+                }
                 Verdict::Failed { error, result } => ("failed", result.as_deref(), Some(error.as_str())),
+                Verdict::HandedOver => ("running", None, None),
             };
-            ids.push(datum(outcome.job));
-            leases.push(datum(outcome.lease));
+            ids.push(datum(completion.job));
+            leases.push(datum(completion.lease));
             statuses.push(status);
             results.push(result);
             errors.push(error);
+            http_statuses.push(completion.http_status.map(i32::from));
+            delays.push(completion.retry_in.map(|delay| i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)));
         }
         Spi::connect_mut(|client| {
-            let rows = client.update(
-                &self.complete,
-                None,
-                &[ids.into(), leases.into(), statuses.into(), results.into(), errors.into()],
-            )?;
-            let mut later = Vec::new();
-            for row in rows {
-                later.extend(row.get::<pgrx::Uuid>(1)?.map(id));
-            }
-            Ok(later)
+            let arguments = [
+                ids.into(),
+                leases.into(),
+                statuses.into(),
+                results.into(),
+                errors.into(),
+                http_statuses.into(),
+                delays.into(),
+            ];
+            ids_of(client.update(&self.complete, None, &arguments)?)
         })
     }
 
-    /// Gives back the jobs held under other leases than the ones this worker uses: with one worker to a database,
-    /// those are of one that is gone.
-    pub fn release_abandoned(&self, leases: impl IntoIterator<Item = Uuid>) -> Result<i32, SpiError> {
+    /// Those of the jobs that are no longer held under their leases.
+    pub fn lost(&self, held: impl IntoIterator<Item = (Uuid, Uuid)>) -> Result<Vec<Uuid>, SpiError> {
+        let (ids, leases): (Vec<_>, Vec<_>) = held.into_iter().map(|(job, lease)| (datum(job), datum(lease))).unzip();
+        Spi::connect(|client| ids_of(client.select(&self.lost, None, &[ids.into(), leases.into()])?))
+    }
+
+    /// The leases of all running jobs.
+    pub fn held_leases(&self) -> Result<Vec<Uuid>, SpiError> {
+        Spi::connect(|client| ids_of(client.select(&self.held, None, &[])?))
+    }
+
+    /// Gives back the jobs held under these leases. `max_crashes`: their worker is gone, which so many times sets a
+    /// job aside.
+    pub fn release(&self, leases: Vec<Uuid>, max_crashes: Option<i32>) -> Result<i32, SpiError> {
         let leases: Vec<_> = leases.into_iter().map(datum).collect();
         Spi::connect_mut(|client| {
-            let rows = client.update(&self.release, None, &[leases.into()])?;
+            let rows = client.update(&self.release, None, &[leases.into(), max_crashes.into()])?;
             Ok(rows.first().get_one::<i32>()?.unwrap_or(0))
         })
     }
+
+    /// Shows how breakers stand that have changed; `None`: all are closed.
+    pub fn show_breakers(&self, changes: Option<&[BreakerState]>) -> Result<(), SpiError> {
+        let hosts = changes.map(|changes| changes.iter().map(|change| change.host.as_str()).collect::<Vec<_>>());
+        let changes = changes.unwrap_or_default();
+        let states: Vec<_> = changes.iter().map(|change| change.state).collect();
+        let failures: Vec<_> = changes.iter().map(|change| change.failures as i32).collect();
+        let delays: Vec<_> = changes.iter().map(|change| change.probe_in.as_millis() as i64).collect();
+        let errors: Vec<_> = changes.iter().map(|change| change.error.as_str()).collect();
+        Spi::connect_mut(|client| {
+            let arguments =
+                [self.share.0.into(), hosts.into(), states.into(), failures.into(), delays.into(), errors.into()];
+            client.update(&self.breakers, None, &arguments).map(drop)
+        })
+    }
+}
+
+fn ids_of(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Uuid>, SpiError> {
+    let mut ids = Vec::new();
+    for row in rows {
+        ids.extend(row.get::<pgrx::Uuid>(1)?.map(id));
+    }
+    Ok(ids)
 }

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 /// Longest time-out a config or a job may ask for.
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
+/// Most requests in flight that a config may allow.
+const MAX_IN_FLIGHT: u64 = 100_000;
 
 /// Headers that belong to the protocol: a config that sets them would break the session or the message framing.
 const RESERVED: [&str; 6] = ["accept", "content-type", "host", "idempotency-key", "last-event-id", "mcp-"];
@@ -23,13 +25,15 @@ pub struct Endpoint {
     pub url: Url,
     pub headers: Vec<(HeaderName, Secret)>,
     pub timeout: Option<Duration>,
+    /// Requests that may be in flight to the server.
+    pub max_in_flight: Option<usize>,
 }
 
 impl Endpoint {
-    /// Reads `{"url": …, "headers": {…}, "timeout_ms": …}`; other keys are left to others. The problem, if there is
+    /// Reads `{"url": …, "headers": {…}, "timeout_ms": …, "max_in_flight": …}`; other keys are left to others. The problem, if there is
     /// one, names keys but never quotes a value: any may hold a secret.
     pub fn parse(config: &str) -> Result<Self, String> {
-        let config = &members(config, &["url", "headers", "timeout_ms"])?.0;
+        let config = &members(config, &["url", "headers", "timeout_ms", "max_in_flight"])?.0;
         let headers = headers(config)?;
         let reserved = |name: &str| {
             RESERVED.iter().any(|entry| name == *entry || (entry.ends_with('-') && name.starts_with(entry)))
@@ -37,13 +41,19 @@ impl Endpoint {
         if let Some((name, _)) = headers.iter().find(|(name, _)| reserved(name.as_str())) {
             return Err(format!("the header \"{name}\" is set by the protocol and cannot be given"));
         }
-        Ok(Self { url: url(config)?, headers, timeout: timeout(config)? })
+        Ok(Self { url: url(config)?, headers, timeout: timeout(config)?, max_in_flight: max_in_flight(config)? })
     }
 
     /// The secrets that must not come out in a text.
     pub fn secrets(&self) -> Vec<Secret> {
         secrets(&self.url, &self.headers)
     }
+}
+
+/// The host and port of a URL, which also name it among hosts.
+pub fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port_or_known_default().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
 /// What may be secret in a request's target: the values of its headers, and the password and query of its URL.
@@ -73,11 +83,15 @@ pub fn members<'a>(text: &'a str, known: &[&str]) -> Result<(Map<String, Value>,
 
 /// The key "url": absolute, http or https, with a host.
 pub fn url(object: &Map<String, Value>) -> Result<Url, String> {
-    let text = match object.get("url") {
-        Some(Value::String(text)) => text,
-        Some(_) => return Err("\"url\" is not a string".into()),
-        None => return Err("\"url\" is missing".into()),
-    };
+    match object.get("url") {
+        Some(Value::String(text)) => parse_url(text),
+        Some(_) => Err("\"url\" is not a string".into()),
+        None => Err("\"url\" is missing".into()),
+    }
+}
+
+/// A URL: absolute, http or https, with a host.
+pub fn parse_url(text: &str) -> Result<Url, String> {
     let url = Url::parse(text.trim()).map_err(|problem| format!("\"url\" is not a valid URL: {problem}"))?;
     if !matches!(url.scheme(), "http" | "https") {
         return Err("\"url\" must begin with http:// or https://".into());
@@ -118,6 +132,17 @@ pub fn timeout(object: &Map<String, Value>) -> Result<Option<Duration>, String> 
         Some(value) => match value.as_u64() {
             Some(milliseconds @ 1..=MAX_TIMEOUT_MS) => Ok(Some(Duration::from_millis(milliseconds))),
             _ => Err(format!("\"timeout_ms\" is not a whole number from 1 to {MAX_TIMEOUT_MS}")),
+        },
+    }
+}
+
+/// The key "max_in_flight": 1 to 100000.
+fn max_in_flight(object: &Map<String, Value>) -> Result<Option<usize>, String> {
+    match object.get("max_in_flight") {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64() {
+            Some(number @ 1..=MAX_IN_FLIGHT) => Ok(usize::try_from(number).ok()),
+            _ => Err(format!("\"max_in_flight\" is not a whole number from 1 to {MAX_IN_FLIGHT}")),
         },
     }
 }
@@ -174,6 +199,9 @@ mod tests {
         assert!(url_and("\"note\": 1e400").is_ok(), "unknown keys are not looked into");
         for value in [json!(0), json!(-1), json!(1.5), json!("9"), json!(3_600_001)] {
             assert!(problem(json!({"url": url, "timeout_ms": value})).contains("timeout_ms"), "{value}");
+        }
+        for value in [json!(0), json!(-1), json!(1.5), json!("9"), json!(100_001)] {
+            assert!(problem(json!({"url": url, "max_in_flight": value})).contains("max_in_flight"), "{value}");
         }
     }
 }

@@ -1,5 +1,8 @@
 //! What can go wrong on the way to a server and back, in words that a person understands.
 
+use super::outbound::Denied;
+use super::outcome::Retry;
+use crate::domain::schedule::Reach;
 use reqwest::StatusCode;
 use std::time::Duration;
 
@@ -13,6 +16,10 @@ const MAX_WORDS: usize = 20_000;
 pub enum Failure {
     /// The job or the server's config can't be used as it is.
     BadRequest(String),
+    /// The egress policy does not allow the connection.
+    Denied { host: String, what: &'static str },
+    /// The server sends us elsewhere, and we don't go.
+    Redirect(String),
     /// The host has no address.
     Resolve { host: String },
     /// No connection came about.
@@ -22,7 +29,7 @@ pub enum Failure {
     /// The time was over.
     Timeout(Duration),
     /// The server refused, with a snippet of what it said.
-    Status { status: u16, body: String },
+    Status { status: u16, body: String, retry_after: Option<Duration> },
     /// The answer was larger than allowed.
     TooLarge { limit: usize },
     /// The answer was no MCP.
@@ -37,11 +44,15 @@ impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Failure::BadRequest(problem) => f.write_str(problem),
+            Failure::Denied { host, what } => {
+                write!(f, "the egress policy does not allow \"{host}\", which is {what} (nexus_hub.egress_allow)")
+            }
+            Failure::Redirect(problem) => write!(f, "the redirect was not followed: {problem}"),
             Failure::Resolve { host } => write!(f, "could not find the host \"{host}\""),
             Failure::Connect { authority, reason } => write!(f, "could not connect to {authority}: {reason}"),
             Failure::Broken(reason) => write!(f, "the connection broke before the answer was complete: {reason}"),
             Failure::Timeout(time) => write!(f, "timed out: no answer within {} ms", time.as_millis()),
-            Failure::Status { status, body } => {
+            Failure::Status { status, body, .. } => {
                 write!(f, "the server answered {}", status_text(*status))?;
                 match status {
                     401 => f.write_str(": it does not accept the credentials in the server's config")?,
@@ -62,6 +73,49 @@ impl std::fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+/// Whether a request that was answered with this status may succeed later.
+pub fn retry(status: u16, retry_after: Option<Duration>) -> Retry {
+    match (status, retry_after) {
+        (408 | 425 | 429 | 500..=599, Some(time)) => Retry::After(time),
+        (408 | 425 | 429 | 500..=599, None) => Retry::Later,
+        _ => Retry::Never,
+    }
+}
+
+impl Failure {
+    /// Whether the same request may succeed later.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Failure::Resolve { .. } | Failure::Connect { .. } | Failure::Broken(_) | Failure::Timeout(_) => {
+                Retry::Later
+            }
+            Failure::Status { status, retry_after, .. } => retry(*status, *retry_after),
+            _ => Retry::Never,
+        }
+    }
+
+    /// Whether the host was there.
+    pub fn reach(&self) -> Reach {
+        match self {
+            Failure::Resolve { .. } | Failure::Connect { .. } => Reach::Unreachable(self.to_string()),
+            Failure::BadRequest(_)
+            | Failure::Denied { .. }
+            | Failure::Redirect(_)
+            | Failure::Timeout(_)
+            | Failure::Internal(_) => Reach::Unknown,
+            _ => Reach::Reached,
+        }
+    }
+
+    /// The status that the server refused with.
+    pub fn http_status(&self) -> Option<u16> {
+        match self {
+            Failure::Status { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+}
 
 /// "404 Not Found", or the number alone where it has no name.
 pub fn status_text(status: u16) -> String {
@@ -105,6 +159,9 @@ impl From<reqwest::Error> for Failure {
         let mut source: Option<&dyn std::error::Error> = std::error::Error::source(&error);
         while let Some(cause) = source {
             reason = cause.to_string();
+            if let Some(denied) = cause.downcast_ref::<Denied>() {
+                return Failure::Denied { host, what: denied.what };
+            }
             if reason.contains("dns error") || reason.contains("failed to lookup address") {
                 return Failure::Resolve { host };
             }
@@ -118,6 +175,9 @@ impl From<reqwest::Error> for Failure {
         }
         if reason.contains("InvalidContentType") {
             reason = "no TLS is spoken there; is it http:// instead of https://?".into();
+        }
+        if error.is_connect() && error.is_timeout() {
+            reason = "no answer to the connection attempt".into();
         }
         if error.is_connect() {
             Failure::Connect { authority, reason: words(&reason) }
@@ -149,7 +209,7 @@ mod tests {
 
     #[test]
     fn failures_read_like_sentences() {
-        let status = |status| Failure::Status { status, body: String::new() }.to_string();
+        let status = |status| Failure::Status { status, body: String::new(), retry_after: None }.to_string();
         assert_eq!(status(500), "the server answered 500 Internal Server Error");
         assert_eq!(status(599), "the server answered 599");
         assert!(status(401).contains("does not accept the credentials"));

@@ -1,47 +1,36 @@
-//! Plain HTTP: the client that everything shares, and `http_request` jobs.
+//! Plain HTTP: `http_request` jobs.
 
+use super::body::{self, Held};
 use super::endpoint::{self, sensitive};
-use super::failure::{Failure, status_text};
-use super::outcome::Verdict;
+use super::failure::{self, Failure, status_text};
+use super::outbound::Outbound;
+use super::outcome::{Ending, Retry, Verdict};
+use super::runtime::Limits;
+use crate::domain::backoff;
 use crate::domain::json::is_storable;
+use crate::domain::schedule::Reach;
 use crate::domain::secret::Secret;
 use base64::Engine;
-use futures::StreamExt;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use reqwest::{Method, Response, Url};
+use reqwest::header::{
+    ACCEPT, ACCEPT_LANGUAGE, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER,
+    USER_AGENT,
+};
+use reqwest::{Method, Request, Response, StatusCode, Url};
 use serde_json::{Map, Value};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 /// The header that tells a server that it has seen a job before.
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// The HTTP client of the process: no redirects, no proxies from the environment, TLS verified by the system's roots.
-pub fn client(max_idle: usize) -> Result<reqwest::Client, reqwest::Error> {
-    reqwest::Client::builder()
-        .user_agent(concat!("nexus_hub/", env!("CARGO_PKG_VERSION")))
-        .redirect(reqwest::redirect::Policy::none())
-        .pool_max_idle_per_host(max_idle)
-        .pool_idle_timeout(Duration::from_secs(30))
-        .tcp_keepalive(Duration::from_secs(60))
-        .build()
-}
+/// Headers that go along when a redirect leads to another origin: any other may hold a credential.
+const HARMLESS: [HeaderName; 5] = [ACCEPT, ACCEPT_LANGUAGE, CONTENT_TYPE, USER_AGENT, IDEMPOTENCY_KEY];
 
-/// A response's body, decompressed, up to a size.
-pub async fn read_body(response: Response, limit: usize) -> Result<Vec<u8>, Failure> {
-    if response.content_length().is_some_and(|length| length > limit as u64) {
-        return Err(Failure::TooLarge { limit });
-    }
-    let mut body = Vec::new();
-    let mut stream = response.bytes_stream();
-    while let Some(chunk) = stream.next().await {
-        let chunk = chunk?;
-        if body.len() + chunk.len() > limit {
-            return Err(Failure::TooLarge { limit });
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(body)
+/// When a server asks to be called again, if it does.
+pub fn retry_after(response: &Response) -> Option<Duration> {
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
+    backoff::retry_after(value, SystemTime::now())
 }
 
 /// An `http_request` job, checked.
@@ -52,9 +41,23 @@ pub struct HttpCall {
     headers: Vec<(HeaderName, Secret)>,
     body: Option<(String, bool)>,
     pub timeout: Option<Duration>,
+    /// What is asked of the server is to take the job over.
+    hands_over: bool,
 }
 
 impl HttpCall {
+    /// Hands a job over to an executor elsewhere.
+    pub fn hand_over(url: Url, authorization: Secret, body: String) -> Self {
+        Self {
+            method: Method::POST,
+            url,
+            headers: vec![(AUTHORIZATION, authorization)],
+            body: Some((body, true)),
+            timeout: None,
+            hands_over: true,
+        }
+    }
+
     /// Reads a job's `params`: url, and optionally method, headers, body (a string is sent as it is, anything else as
     /// the JSON it is) and timeout_ms.
     pub fn parse(params: &str) -> Result<Self, String> {
@@ -80,7 +83,13 @@ impl HttpCall {
             headers: endpoint::headers(params)?,
             body,
             timeout: endpoint::timeout(params)?,
+            hands_over: false,
         })
+    }
+
+    /// Where it goes.
+    pub fn url(&self) -> &Url {
+        &self.url
     }
 
     /// The secrets that must not come out in a text.
@@ -88,8 +97,8 @@ impl HttpCall {
         endpoint::secrets(&self.url, &self.headers)
     }
 
-    /// Makes the request.
-    pub async fn perform(&self, client: &reqwest::Client, job: Uuid, limit: usize) -> Result<Verdict, Failure> {
+    /// Makes the request, and follows redirects.
+    pub async fn perform(&self, outbound: &Outbound, job: Uuid, limits: &Arc<Limits>) -> Result<Ending, Failure> {
         let mut headers = HeaderMap::new();
         if let Ok(key) = HeaderValue::from_str(&job.to_string()) {
             headers.insert(IDEMPOTENCY_KEY, key);
@@ -102,21 +111,100 @@ impl HttpCall {
                 headers.insert(name, value);
             }
         }
-        let mut request = client.request(self.method.clone(), self.url.clone()).headers(headers);
-        if let Some((body, _)) = &self.body {
-            request = request.body(body.clone());
-        }
-        let response = request.send().await?;
+        let body = self.body.as_ref().map(|(body, _)| body.clone());
+        let mut hop = Hop { method: self.method.clone(), url: self.url.clone(), headers, body };
+        let max_redirects = if self.hands_over { 0 } else { limits.max_redirects() };
+        let mut followed = 0;
+        let response = loop {
+            let response = outbound.send(hop.request()).await?;
+            if max_redirects == 0 || !hop.follow(&response)? {
+                break response;
+            }
+            followed += 1;
+            if followed > max_redirects {
+                return Err(Failure::Redirect(format!("there are more than {max_redirects} of them")));
+            }
+        };
+        self.judge(response, limits).await
+    }
+
+    async fn judge(&self, response: Response, limits: &Arc<Limits>) -> Result<Ending, Failure> {
         let status = response.status();
+        let retry_after = retry_after(&response);
         let headers = response.headers().clone();
-        let body = read_body(response, limit).await?;
-        let result = answer(status.as_u16(), &headers, &body);
-        Ok(if status.is_client_error() || status.is_server_error() {
+        let held = Held::default();
+        let body = body::read(response, limits, &held).await?;
+        let is_failure = status.is_client_error() || status.is_server_error();
+        let (verdict, retry) = if is_failure {
             let error = format!("the server answered {}", status_text(status.as_u16()));
-            Verdict::Failed { error, result: Some(result) }
+            let result = (!self.hands_over).then(|| answer(status.as_u16(), &headers, &body));
+            (Verdict::Failed { error, result }, failure::retry(status.as_u16(), retry_after))
+        } else if !self.hands_over {
+            (Verdict::Completed { result: answer(status.as_u16(), &headers, &body) }, Retry::Never)
+        } else if status == StatusCode::ACCEPTED {
+            (Verdict::HandedOver, Retry::Never)
         } else {
-            Verdict::Completed { result }
-        })
+            // Where it has written the job's end, this one finds the lease gone and changes nothing.
+            let error = format!("the executor answered {} and left the job unfinished", status_text(status.as_u16()));
+            (Verdict::Failed { error, result: None }, Retry::Never)
+        };
+        Ok(Ending { verdict, retry, reach: Reach::Reached, http_status: is_failure.then_some(status.as_u16()), held })
+    }
+}
+
+/// A request on its way along redirects.
+struct Hop {
+    method: Method,
+    url: Url,
+    headers: HeaderMap,
+    body: Option<String>,
+}
+
+impl Hop {
+    fn request(&self) -> Request {
+        let mut request = Request::new(self.method.clone(), self.url.clone());
+        *request.headers_mut() = self.headers.clone();
+        *request.body_mut() = self.body.clone().map(Into::into);
+        request
+    }
+
+    /// Turns to where a response redirects, if it does. (Fetch standard, "HTTP-redirect fetch".)
+    fn follow(&mut self, response: &Response) -> Result<bool, Failure> {
+        let status = response.status();
+        let Some(next) = redirect(&self.url, response)? else { return Ok(false) };
+        let becomes_get = match status {
+            StatusCode::SEE_OTHER => self.method != Method::HEAD,
+            StatusCode::MOVED_PERMANENTLY | StatusCode::FOUND => self.method == Method::POST,
+            _ => false,
+        };
+        if becomes_get {
+            self.method = Method::GET;
+            self.body = None;
+            self.headers.remove(CONTENT_TYPE);
+        }
+        if next.origin() != self.url.origin() {
+            let mut before = std::mem::take(&mut self.headers);
+            self.headers =
+                HARMLESS.into_iter().filter_map(|name| before.remove(&name).map(|value| (name, value))).collect();
+        }
+        self.url = next;
+        Ok(true)
+    }
+}
+
+/// Where a response redirects to, if it does.
+pub fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Failure> {
+    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let Some(location) = response.headers().get(LOCATION) else { return Ok(None) };
+    // Its text may hold a secret: it is not quoted.
+    let next = location.to_str().ok().and_then(|location| from.join(location).ok());
+    let next = next.ok_or_else(|| Failure::Redirect("its location is not a valid URL".into()))?;
+    match (from.scheme(), next.scheme()) {
+        (_, "https") | ("http", "http") => Ok(Some(next)),
+        ("https", "http") => Err(Failure::Redirect("it leads from https to http".into())),
+        _ => Err(Failure::Redirect("it does not lead to an http or https URL".into())),
     }
 }
 

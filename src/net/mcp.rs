@@ -9,16 +9,17 @@ pub use session::Sessions;
 
 use super::endpoint::Endpoint;
 use super::failure::{Failure, words};
-use super::outcome::Verdict;
+use super::outcome::{Ending, Verdict};
 use rmcp::model::{
-    CallToolRequest, CallToolRequestParams, ClientRequest, CustomResult, GetPromptRequest, GetPromptRequestParams,
-    ReadResourceRequest, ReadResourceRequestParams, ServerResult,
+    CallToolRequest, CallToolRequestParams, CancelledNotificationParam, ClientRequest, CustomResult, GetPromptRequest,
+    GetPromptRequestParams, ReadResourceRequest, ReadResourceRequestParams, ServerResult,
 };
 use rmcp::service::{PeerRequestOptions, ServiceError};
 use serde::Deserialize;
 use serde_json::Value;
 use std::time::Duration;
 use tag::CallTag;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 /// What is asked of an MCP server.
@@ -66,33 +67,51 @@ impl McpCall {
     }
 }
 
-/// Makes one call over the session with the server, which is opened if need be.
+/// Makes one call over the session with the server, which is opened if need be. `None`: it was broken off.
 pub async fn perform(
     sessions: &Sessions,
     endpoint: &Endpoint,
     call: McpCall,
     job: Uuid,
     time: Duration,
-) -> Result<Verdict, Failure> {
+    mut cancelled: oneshot::Receiver<()>,
+) -> Result<Option<Ending>, Failure> {
     let deadline = tokio::time::Instant::now() + time;
     // Held for the call: a session in use is not idle, however long the call takes.
-    let session = sessions.get(endpoint).await?;
+    let session = tokio::select! {
+        session = sessions.get(endpoint) => session?,
+        Ok(()) = &mut cancelled => return Ok(None),
+    };
     let remaining = deadline.saturating_duration_since(tokio::time::Instant::now());
     // With its own time-out the library also tells the server that the call is off.
     let options = PeerRequestOptions::with_timeout(remaining);
     let (request, tag) = call.into_request(job);
-    let answered = async { session.peer().send_cancellable_request(request, options).await?.await_response().await };
-    tokio::select! {
+    let explained = |error| tag.take().unwrap_or_else(|| describe(error, time));
+    let handle = session.peer().send_cancellable_request(request, options).await.map_err(explained)?;
+    let (id, peer) = (handle.id.clone(), handle.peer.clone());
+    let verdict = tokio::select! {
         // What the transport noted is more telling than what the library makes of it.
         biased;
         failure = tag.failed() => Err(failure),
-        answer = answered => match answer {
+        answer = handle.await_response() => match answer {
             Ok(ServerResult::CustomResult(CustomResult(wrapped))) => wire::unwrap(wrapped).and_then(judge),
             Ok(_) => Err(Failure::NotMcp("the answer does not fit the call".into())),
-            Err(error) => Err(tag.take().unwrap_or_else(|| describe(error, time))),
+            Err(error) => Err(explained(error)),
         },
-    }
+        Ok(()) = cancelled => {
+            let off = CancelledNotificationParam::new(Some(id), Some("the job was cancelled".into()));
+            // If the server cannot be told, it finds nobody listening.
+            let _ = tokio::time::timeout(GOODBYE, peer.notify_cancelled(off)).await;
+            return Ok(None);
+        }
+    };
+    let mut ending = Ending::answered(verdict?);
+    ending.held = tag.held.clone();
+    Ok(Some(ending))
 }
+
+/// How long a server may take to hear that a call is off.
+const GOODBYE: Duration = Duration::from_millis(500);
 
 fn describe(error: ServiceError, time: Duration) -> Failure {
     match error {

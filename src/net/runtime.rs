@@ -2,25 +2,39 @@
 
 use super::endpoint::Endpoint;
 use super::failure::{Failure, quote};
-use super::http::{self, HttpCall};
+use super::http::HttpCall;
 use super::mcp::{self, McpCall, Sessions};
-use super::outcome::{Outcome, Verdict};
+use super::outbound::Outbound;
+use super::outcome::{Ending, Outcome, Verdict};
+use crate::domain::schedule::Reach;
 use crate::domain::secret::{Secret, redact};
 use futures::FutureExt;
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
 use std::time::Duration;
-use tokio::sync::mpsc as async_mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc as async_mpsc, oneshot};
 use uuid::Uuid;
 
 /// How often idle sessions are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// What a call may take beyond its time-out, for the library to tell the server that it is off.
 const GRACE: Duration = Duration::from_millis(200);
+/// Names that are looked up at a time: each takes a thread.
+const MAX_RESOLVING: usize = 32;
+
+enum Command {
+    Run(Box<Request>),
+    /// Break the request of a job off.
+    Cancel {
+        job: Uuid,
+        lease: Uuid,
+    },
+}
 
 /// A job's request.
 #[derive(Debug)]
@@ -39,44 +53,67 @@ pub enum Work {
     Mcp { endpoint: Endpoint, call: McpCall },
 }
 
-/// Limits that can change while the thread runs.
+/// What bounds requests and answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitValues {
+    pub max_in_flight: usize,
+    pub max_response_bytes: usize,
+    /// Memory for all large answers together.
+    pub response_memory: usize,
+    pub max_redirects: usize,
+    pub session_idle_timeout: Duration,
+}
+
+/// Limits that can change while the thread runs: for what begins from then on.
 #[derive(Debug)]
 pub struct Limits {
-    max_in_flight: AtomicUsize,
-    max_response_bytes: AtomicUsize,
-    session_idle_timeout_ms: AtomicUsize,
+    values: RwLock<LimitValues>,
+    large_answers: RwLock<Arc<Semaphore>>,
 }
 
 impl Limits {
-    pub fn new(max_in_flight: usize, max_response_bytes: usize, session_idle_timeout: Duration) -> Self {
-        let limits = Self { max_in_flight: 0.into(), max_response_bytes: 0.into(), session_idle_timeout_ms: 0.into() };
-        limits.set(max_in_flight, max_response_bytes, session_idle_timeout);
-        limits
+    pub fn new(values: LimitValues) -> Self {
+        Self { values: RwLock::new(values), large_answers: RwLock::new(large_answers(&values)) }
     }
 
-    /// Takes effect for what begins from now on.
-    pub fn set(&self, max_in_flight: usize, max_response_bytes: usize, session_idle_timeout: Duration) {
-        self.max_in_flight.store(max_in_flight.max(1), SeqCst);
-        self.max_response_bytes.store(max_response_bytes, SeqCst);
-        self.session_idle_timeout_ms.store(session_idle_timeout.as_millis() as usize, SeqCst);
+    pub fn set(&self, values: LimitValues) {
+        let before = self.values();
+        *self.values.write().unwrap_or_else(PoisonError::into_inner) = values;
+        if (before.response_memory, before.max_response_bytes) != (values.response_memory, values.max_response_bytes) {
+            *self.large_answers.write().unwrap_or_else(PoisonError::into_inner) = large_answers(&values);
+        }
+    }
+
+    fn values(&self) -> LimitValues {
+        *self.values.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn max_in_flight(&self) -> usize {
-        self.max_in_flight.load(SeqCst)
+        self.values().max_in_flight
     }
 
     pub fn max_response_bytes(&self) -> usize {
-        self.max_response_bytes.load(SeqCst)
+        self.values().max_response_bytes
     }
 
-    fn session_idle_timeout(&self) -> Duration {
-        Duration::from_millis(self.session_idle_timeout_ms.load(SeqCst) as u64)
+    pub fn max_redirects(&self) -> usize {
+        self.values().max_redirects
     }
+
+    /// Waits for one of the places for large answers, of which there are as many as fit into the memory.
+    pub async fn place_for_large_answer(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        let places = Arc::clone(&self.large_answers.read().unwrap_or_else(PoisonError::into_inner));
+        places.acquire_owned().await.map_err(|_| Failure::Internal("the places for large answers are gone".into()))
+    }
+}
+
+fn large_answers(values: &LimitValues) -> Arc<Semaphore> {
+    Arc::new(Semaphore::new((values.response_memory / values.max_response_bytes.max(1)).max(1)))
 }
 
 /// The handle of the thread that owns PostgreSQL to the one that owns the network.
 pub struct Net {
-    requests: async_mpsc::UnboundedSender<Request>,
+    commands: async_mpsc::UnboundedSender<Command>,
     outcomes: mpsc::Receiver<Outcome>,
     wake: UnixStream,
     woken: Arc<AtomicBool>,
@@ -84,27 +121,31 @@ pub struct Net {
 
 impl Net {
     /// Starts the thread. Signals must be blocked, so that it never runs a handler of its process.
-    pub fn start(limits: Arc<Limits>) -> std::io::Result<Self> {
+    pub fn start(limits: Arc<Limits>, outbound: Arc<Outbound>) -> std::io::Result<Self> {
         let (wake, waker) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         waker.set_nonblocking(true)?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        // An error means that another library of the process has chosen one already.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = http::client(limits.max_in_flight()).map_err(std::io::Error::other)?;
-        let (requests, incoming) = async_mpsc::unbounded_channel();
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(MAX_RESOLVING).build()?;
+        let (commands, incoming) = async_mpsc::unbounded_channel();
         let (finished, outcomes) = mpsc::channel();
         let woken = Arc::new(AtomicBool::new(false));
         let reporter = Reporter { finished, waker: Arc::new(waker), woken: Arc::clone(&woken) };
         std::thread::Builder::new()
             .name("nexus_hub net".into())
-            .spawn(move || runtime.block_on(serve(incoming, client, limits, reporter)))?;
-        Ok(Self { requests, outcomes, wake, woken })
+            .spawn(move || runtime.block_on(serve(incoming, outbound, limits, reporter)))?;
+        Ok(Self { commands, outcomes, wake, woken })
     }
 
     /// Hands a request over. `false`: the thread is gone.
     pub fn send(&self, request: Request) -> bool {
-        self.requests.send(request).is_ok()
+        self.commands.send(Command::Run(Box::new(request))).is_ok()
+    }
+
+    /// Has the request of a job broken off. Its outcome may come all the same, or never.
+    pub fn cancel(&self, job: Uuid, lease: Uuid) {
+        // If the thread is gone, so is the request.
+        let _ = self.commands.send(Command::Cancel { job, lease });
     }
 
     /// The next outcome, if there is one. `Err`: the thread is gone.
@@ -156,57 +197,112 @@ impl Reporter {
 }
 
 async fn serve(
-    mut incoming: async_mpsc::UnboundedReceiver<Request>,
-    client: reqwest::Client,
+    mut incoming: async_mpsc::UnboundedReceiver<Command>,
+    outbound: Arc<Outbound>,
     limits: Arc<Limits>,
     reporter: Reporter,
 ) {
-    let sessions = Arc::new(Sessions::new(client.clone(), Arc::clone(&limits)));
+    let sessions = Arc::new(Sessions::new(Arc::clone(&outbound), Arc::clone(&limits)));
+    let running = Running::default();
     let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
     loop {
         tokio::select! {
-            request = incoming.recv() => {
-                let Some(request) = request else { return };
-                let (client, limits) = (client.clone(), Arc::clone(&limits));
-                let (sessions, reporter) = (Arc::clone(&sessions), reporter.clone());
-                tokio::spawn(async move {
+            command = incoming.recv() => match command {
+                None => return,
+                Some(Command::Cancel { job, lease }) => running.cancel(job, lease),
+                Some(Command::Run(request)) => {
+                    let (outbound, limits) = (Arc::clone(&outbound), Arc::clone(&limits));
+                    let (sessions, reporter, running) = (Arc::clone(&sessions), reporter.clone(), running.clone());
                     let (job, lease) = (request.job, request.lease);
-                    let verdict = AssertUnwindSafe(run(request, &client, &limits, &sessions))
-                        .catch_unwind()
-                        .await
-                        .unwrap_or_else(|_| Failure::Internal("the job's code panicked".into()).into());
-                    reporter.report(Outcome { job, lease, verdict });
-                });
-            }
+                    let cancelled = running.begin(job, lease);
+                    tokio::spawn(async move {
+                        let work = AssertUnwindSafe(run(*request, &outbound, &limits, &sessions, cancelled));
+                        let ending = work.catch_unwind().await.unwrap_or_else(|_| {
+                            Some(Failure::Internal("the job's code panicked".into()).into())
+                        });
+                        running.end(job, lease);
+                        if let Some(ending) = ending {
+                            reporter.report(Outcome { job, lease, ending });
+                        }
+                    });
+                }
+            },
             _ = sweep.tick() => {
-                let (sessions, time) = (Arc::clone(&sessions), limits.session_idle_timeout());
+                let (sessions, time) = (Arc::clone(&sessions), limits.values().session_idle_timeout);
                 tokio::spawn(async move { sessions.close_idle(time).await });
             }
         }
     }
 }
 
-/// Runs one request within its time, and keeps its secrets out of the error.
-async fn run(request: Request, client: &reqwest::Client, limits: &Limits, sessions: &Sessions) -> Verdict {
+/// The requests that can be broken off.
+#[derive(Clone, Default)]
+struct Running(Arc<Mutex<HashMap<(Uuid, Uuid), oneshot::Sender<()>>>>);
+
+impl Running {
+    fn requests(&self) -> MutexGuard<'_, HashMap<(Uuid, Uuid), oneshot::Sender<()>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, job: Uuid, lease: Uuid) -> oneshot::Receiver<()> {
+        let (cancel, cancelled) = oneshot::channel();
+        self.requests().insert((job, lease), cancel);
+        cancelled
+    }
+
+    fn cancel(&self, job: Uuid, lease: Uuid) {
+        if let Some(cancel) = self.requests().remove(&(job, lease)) {
+            let _ = cancel.send(());
+        }
+    }
+
+    fn end(&self, job: Uuid, lease: Uuid) {
+        let mut requests = self.requests();
+        requests.remove(&(job, lease));
+        // After a burst.
+        if requests.is_empty() && requests.capacity() > 1024 {
+            requests.shrink_to_fit();
+        }
+    }
+}
+
+/// Runs one request within its time, and keeps its secrets out of the error. `None`: it was broken off.
+async fn run(
+    request: Request,
+    outbound: &Outbound,
+    limits: &Arc<Limits>,
+    sessions: &Sessions,
+    cancelled: oneshot::Receiver<()>,
+) -> Option<Ending> {
     let Request { job, timeout, work, .. } = request;
     match work {
         Work::Http(call) => {
-            let work = call.perform(client, job, limits.max_response_bytes());
-            let verdict = tokio::time::timeout(timeout, work).await.unwrap_or(Err(Failure::Timeout(timeout)));
-            without_secrets(verdict, &call.secrets())
+            let work = tokio::time::timeout(timeout, call.perform(outbound, job, limits));
+            tokio::select! {
+                ended = work => {
+                    let ended = ended.unwrap_or(Err(Failure::Timeout(timeout)));
+                    Some(without_secrets(ended, &call.secrets()))
+                }
+                Ok(()) = cancelled => None,
+            }
         }
         Work::Mcp { endpoint, call } => {
-            let work = mcp::perform(sessions, &endpoint, call, job, timeout);
-            let verdict = tokio::time::timeout(timeout + GRACE, work).await.unwrap_or(Err(Failure::Timeout(timeout)));
-            without_secrets(verdict, &endpoint.secrets())
+            let work = mcp::perform(sessions, &endpoint, call, job, timeout, cancelled);
+            let ended = tokio::time::timeout(timeout + GRACE, work).await;
+            let ended = ended.unwrap_or(Err(Failure::Timeout(timeout))).transpose()?;
+            Some(without_secrets(ended, &endpoint.secrets()))
         }
     }
 }
 
 /// Redacted before it is cut to its length: half a secret at the cut would not be found.
-fn without_secrets(verdict: Result<Verdict, Failure>, secrets: &[Secret]) -> Verdict {
-    match verdict.unwrap_or_else(Verdict::from) {
-        Verdict::Failed { error, result } => Verdict::Failed { error: quote(&redact(&error, secrets)), result },
-        completed => completed,
+fn without_secrets(ended: Result<Ending, Failure>, secrets: &[Secret]) -> Ending {
+    let mut ending = ended.unwrap_or_else(Ending::from);
+    if let Verdict::Failed { error, .. } = &mut ending.verdict {
+        *error = quote(&redact(error, secrets));
     }
+    if let Reach::Unreachable(error) = &mut ending.reach {
+        *error = quote(&redact(error, secrets));
+    }
+    ending
 }

@@ -87,6 +87,12 @@ pub fn pin_session_settings() {
         (c"search_path", c"pg_catalog, pg_temp"),
         (c"row_security", c"off"),
         (c"role", c"none"),
+        // Plans are made once, perhaps while the table is empty: they must not go on reading all of it, or sorting it,
+        // when it has millions of rows.
+        (c"enable_seqscan", c"off"),
+        (c"enable_bitmapscan", c"off"),
+        (c"enable_sort", c"off"),
+        (c"jit", c"off"),
         #[cfg(any(feature = "pg17", feature = "pg18"))]
         (c"transaction_timeout", c"0"),
     ] {
@@ -194,6 +200,15 @@ pub fn raise_descriptor_limit() -> usize {
         if libc::setrlimit(libc::RLIMIT_NOFILE, &raised) == 0 { raised.rlim_cur } else { limit.rlim_cur }
     };
     usize::try_from(limit).unwrap_or(usize::MAX)
+}
+
+/// Hands memory that was freed back to the system, which the allocator keeps after a burst.
+pub fn give_memory_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it may be called at any time, beside other threads.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Whether this process is one of the extension's workers.

@@ -6,10 +6,10 @@
 use pgrx::prelude::*;
 use std::cell::UnsafeCell;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-/// Databases that can have a worker at the same time.
+/// Workers that there can be at the same time.
 pub const MAX_WORKERS: usize = 128;
 const MAX_WANTED: usize = 64;
 
@@ -44,11 +44,34 @@ impl WorkerState {
     }
 }
 
+/// Which of a database's workers one is: the first is number 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub number: u16,
+    pub of: u16,
+}
+
+impl Place {
+    fn from_u32(value: u32) -> Self {
+        Self { number: (value >> 16) as u16, of: value as u16 }
+    }
+
+    fn into_u32(self) -> u32 {
+        u32::from(self.number) << 16 | u32::from(self.of)
+    }
+}
+
 #[repr(C)]
 struct Slot {
     database: AtomicU32,
     state: AtomicU32,
+    /// Which of the database's workers it is, and how many there are: see [`Place`].
+    place: AtomicU32,
+    /// What the leases of this worker begin with; 0 before it has any.
+    holder: AtomicU64,
     leave: AtomicBool,
+    /// Jobs that run were changed by others: cancelled, perhaps.
+    look: AtomicBool,
     /// Something was committed that the worker has to look for. The latch alone would not do: the worker's own lock
     /// waits and waits for replication use it up.
     wake: AtomicBool,
@@ -144,23 +167,32 @@ fn own_latch() -> *mut pg_sys::Latch {
     unsafe { pg_sys::MyLatch }
 }
 
-/// Wakes the worker of a database, and tells whether there is one. Can't fail and does not allocate.
-pub fn nudge(database: pg_sys::Oid) -> bool {
+/// Wakes the workers of a database, and tells whether there is a first one. Can't fail and does not allocate.
+pub fn nudge(database: pg_sys::Oid, look: bool) -> bool {
     let Some(shared) = shared() else { return false };
     let database = database.to_u32();
+    let mut is_there = false;
     for slot in &shared.slots {
         if slot.database.load(SeqCst) == database && slot.state.load(SeqCst) == WorkerState::Running as u32 {
+            if look {
+                slot.look.store(true, SeqCst);
+            }
             slot.wake.store(true, SeqCst);
             set_latch(&slot.latch);
-            return true;
+            is_there |= place(slot).number == 0;
         }
     }
-    false
+    is_there
 }
 
-/// Wakes the worker of a database, or has the launcher start one. Can't fail and does not allocate.
-pub fn wake(database: pg_sys::Oid) {
-    if nudge(database) {
+fn place(slot: &Slot) -> Place {
+    Place::from_u32(slot.place.load(SeqCst))
+}
+
+/// Wakes the workers of a database, or has the launcher start them; `look`: jobs that run were changed. Can't fail and
+/// does not allocate.
+pub fn wake(database: pg_sys::Oid, look: bool) {
+    if nudge(database, look) {
         return;
     }
     let Some(shared) = shared() else { return };
@@ -215,14 +247,17 @@ pub fn take_wanted() -> Option<Vec<pg_sys::Oid>> {
     (!shared.rescan.swap(false, SeqCst)).then_some(wanted)
 }
 
-/// Takes a free slot for the worker of a database.
-pub fn reserve_slot(database: pg_sys::Oid) -> Option<usize> {
+/// Takes a free slot for a worker of a database.
+pub fn reserve_slot(database: pg_sys::Oid, place: Place) -> Option<usize> {
     let shared = shared()?;
     let index = shared.slots.iter().position(|slot| slot.database.load(SeqCst) == 0)?;
     let slot = &shared.slots[index];
     slot.state.store(WorkerState::Starting as u32, SeqCst);
     slot.leave.store(false, SeqCst);
+    slot.look.store(false, SeqCst);
     slot.wake.store(false, SeqCst);
+    slot.place.store(place.into_u32(), SeqCst);
+    slot.holder.store(0, SeqCst);
     slot.latch.store(null_mut(), SeqCst);
     slot.database.store(database.to_u32(), SeqCst);
     Some(index)
@@ -238,11 +273,16 @@ pub fn slot_was_woken(index: usize) -> bool {
     shared().and_then(|shared| shared.slots.get(index)).is_some_and(|slot| slot.wake.load(SeqCst))
 }
 
-/// The slots in use and their databases: what a new launcher finds of the one before.
-pub fn occupied_slots() -> Vec<(usize, pg_sys::Oid)> {
+/// The slots in use, their databases and places: what a new launcher finds of the one before.
+pub fn occupied_slots() -> Vec<(usize, pg_sys::Oid, Place)> {
     let slots = shared().map_or(&[][..], |shared| &shared.slots);
-    let databases = slots.iter().map(|slot| slot.database.load(SeqCst)).enumerate();
-    databases.filter(|(_, database)| *database != 0).map(|(index, database)| (index, database.into())).collect()
+    let databases = slots.iter().map(|slot| (slot.database.load(SeqCst), place(slot))).enumerate();
+    databases.filter(|(_, (oid, _))| *oid != 0).map(|(index, (oid, place))| (index, oid.into(), place)).collect()
+}
+
+/// Which of its database's workers the one in a slot is.
+pub fn slot_place(index: usize) -> Place {
+    shared().and_then(|shared| shared.slots.get(index)).map_or(Place { number: 0, of: 1 }, place)
 }
 
 /// Gives a slot back, once its worker is known to be gone.
@@ -256,7 +296,7 @@ pub fn free_slot(index: usize) {
 // ── A worker's side ──
 
 /// Makes this process the worker of a slot, and returns the slot's database. Undone when the process exits. `None`: the
-/// slot is free, or the database has a worker already.
+/// slot is free, or the database has such a worker already.
 pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
     let shared = shared()?;
     let slot = shared.slots.get(index)?;
@@ -265,8 +305,12 @@ pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
     unsafe { pg_sys::before_shmem_exit(Some(detach_worker), pg_sys::Datum::from(0)) };
     slot.latch.store(own_latch(), SeqCst);
     let database = slot.database.load(SeqCst);
+    let own_place = place(slot);
     let rival = shared.slots.iter().enumerate().any(|(other, slot)| {
-        other != index && slot.database.load(SeqCst) == database && worker_state(slot) == WorkerState::Running
+        other != index
+            && slot.database.load(SeqCst) == database
+            && place(slot) == own_place
+            && worker_state(slot) == WorkerState::Running
     });
     (database != 0 && !rival).then(|| pg_sys::Oid::from(database))
 }
@@ -276,10 +320,41 @@ pub fn take_wake() -> bool {
     own_slot().is_some_and(|slot| slot.wake.swap(false, SeqCst))
 }
 
+/// Whether jobs that run were changed by others; forgets it.
+pub fn take_look() -> bool {
+    own_slot().is_some_and(|slot| slot.look.swap(false, SeqCst))
+}
+
+/// Which of its database's workers this one is.
+pub fn own_place() -> Place {
+    own_slot().map_or(Place { number: 0, of: 1 }, place)
+}
+
+/// Makes known what the leases of this worker begin with: as long as it lives, nobody gives its jobs back.
+pub fn set_holder(holder: u64) {
+    if let Some(slot) = own_slot() {
+        slot.holder.store(holder, SeqCst);
+    }
+}
+
+/// What the leases of the database's living workers begin with.
+pub fn live_holders(database: pg_sys::Oid) -> Vec<u64> {
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    let live = slots.iter().filter(|slot| {
+        slot.database.load(SeqCst) == database.to_u32()
+            && matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running)
+    });
+    live.map(|slot| slot.holder.load(SeqCst)).collect()
+}
+
 /// Records how this worker stands; [`WorkerState::Running`] makes [`wake`] turn to it.
 pub fn set_worker_state(state: WorkerState) {
     if let Some(slot) = own_slot() {
         slot.state.store(state as u32, SeqCst);
+        if let Some(shared) = shared() {
+            // It starts the others beside a first one that runs.
+            set_latch(&shared.launcher);
+        }
     }
 }
 

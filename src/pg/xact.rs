@@ -11,6 +11,7 @@ static AT_COMMIT: AtomicU8 = AtomicU8::new(NOTHING);
 const NOTHING: u8 = 0;
 const NUDGE: u8 = 1;
 const WAKE: u8 = 2;
+const LOOK: u8 = 4;
 
 /// Has the worker of this database woken when the running transaction commits, or started if there is none. A rollback
 /// forgets it.
@@ -23,12 +24,17 @@ pub fn nudge_worker_at_commit() {
     at_commit(NUDGE);
 }
 
+/// The same as [`wake_worker_at_commit`], and has it look whether what it runs is still to be run.
+pub fn have_worker_look_at_commit() {
+    at_commit(WAKE | LOOK);
+}
+
 fn at_commit(action: u8) {
     if !REGISTERED.swap(true, Relaxed) {
         // SAFETY: registers a callback of this library, which stays loaded, once per process.
         unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
     }
-    AT_COMMIT.fetch_max(action, Relaxed);
+    AT_COMMIT.fetch_or(action, Relaxed);
 }
 
 /// Whether a transaction id is that of the running transaction or of one of its subtransactions.
@@ -44,12 +50,11 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         pg_sys::XactEvent::XACT_EVENT_COMMIT => {
             // SAFETY: a plain global of this process.
             let database = unsafe { pg_sys::MyDatabaseId };
-            match AT_COMMIT.swap(NOTHING, Relaxed) {
-                WAKE => shmem::wake(database),
-                NUDGE => {
-                    shmem::nudge(database);
-                }
-                _ => {}
+            let action = AT_COMMIT.swap(NOTHING, Relaxed);
+            if action & WAKE != 0 {
+                shmem::wake(database, action & LOOK != 0);
+            } else if action & NUDGE != 0 {
+                shmem::nudge(database, false);
             }
         }
         pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {

@@ -1,6 +1,7 @@
 //! Outcomes on their way into the job table: which of them go into the next transaction.
 
-use crate::net::{Outcome, Verdict};
+use crate::jobs::queue::Completion;
+use crate::net::{Held, Verdict};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -10,9 +11,16 @@ const MAX_BATCH_BYTES: usize = 32 * 1024 * 1024;
 /// How long to wait before a row that a session keeps locked is tried again.
 const LOCKED_DELAY: Duration = Duration::from_millis(50);
 
+/// What is to be written of a job, and the memory that it was given until then.
+pub struct Finished {
+    pub completion: Completion,
+    #[allow(dead_code, reason = "it counts until it is dropped")]
+    pub held: Held,
+}
+
 /// Outcomes that are not written yet.
 pub struct Backlog {
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<Finished>,
     /// The jobs of those that could not be written, because a session keeps their rows locked.
     locked: HashSet<Uuid>,
     /// When to try these again.
@@ -26,19 +34,19 @@ impl Backlog {
         Self { outcomes: Vec::new(), locked: HashSet::new(), look_again: now, limit: usize::MAX }
     }
 
-    pub fn push(&mut self, outcome: Outcome) {
+    pub fn push(&mut self, outcome: Finished) {
         self.outcomes.push(outcome);
     }
 
     /// Takes outcomes until it holds as much as goes into one transaction, or there are no more, and tells whether
     /// there may be more. Rows that are locked do not count, or a batch of them would keep all others out.
-    pub fn fill<E>(&mut self, count: usize, mut next: impl FnMut() -> Result<Option<Outcome>, E>) -> Result<bool, E> {
+    pub fn fill<E>(&mut self, count: usize, mut next: impl FnMut() -> Result<Option<Finished>, E>) -> Result<bool, E> {
         let mut held = self.fresh().count();
-        let mut bytes: usize = self.fresh().map(|outcome| outcome.verdict.bytes()).sum();
+        let mut bytes: usize = self.fresh().map(|outcome| outcome.completion.verdict.bytes()).sum();
         while held < count && bytes < MAX_BATCH_BYTES {
             let Some(outcome) = next()? else { return Ok(false) };
             held += 1;
-            bytes += outcome.verdict.bytes();
+            bytes += outcome.completion.verdict.bytes();
             self.outcomes.push(outcome);
         }
         Ok(true)
@@ -49,8 +57,8 @@ impl Backlog {
         self.fresh().next().is_some()
     }
 
-    fn fresh(&self) -> impl Iterator<Item = &Outcome> {
-        self.outcomes.iter().filter(|outcome| !self.locked.contains(&outcome.job))
+    fn fresh(&self) -> impl Iterator<Item = &Finished> {
+        self.outcomes.iter().filter(|outcome| !self.locked.contains(&outcome.completion.job))
     }
 
     /// When rows that were locked are due to be tried again.
@@ -58,23 +66,19 @@ impl Backlog {
         (!self.locked.is_empty()).then_some(self.look_again)
     }
 
-    /// The leases that the outcomes' jobs were claimed under.
-    pub fn leases(&self) -> impl Iterator<Item = Uuid> {
-        self.outcomes.iter().map(|outcome| outcome.lease)
-    }
-
     /// The outcomes for the next transaction. Those whose rows were locked are tried by themselves, now and then.
-    pub fn batch(&self, now: Instant) -> Vec<&Outcome> {
+    pub fn batch(&self, now: Instant) -> Vec<&Completion> {
         let locked_ones = self.look_again().is_some_and(|at| now >= at);
         let mut bytes = 0;
-        let fits = |outcome: &&Outcome| {
+        let fits = |outcome: &&Finished| {
             let before = bytes;
-            bytes += outcome.verdict.bytes();
+            bytes += outcome.completion.verdict.bytes();
             // One is always taken, however large.
             before == 0 || bytes <= MAX_BATCH_BYTES
         };
-        let outcomes = self.outcomes.iter().filter(|outcome| self.locked.contains(&outcome.job) == locked_ones);
-        outcomes.take(self.limit).take_while(fits).collect()
+        let outcomes =
+            self.outcomes.iter().filter(|outcome| self.locked.contains(&outcome.completion.job) == locked_ones);
+        outcomes.take(self.limit).take_while(fits).map(|outcome| &outcome.completion).collect()
     }
 
     /// After a transaction that has committed: drops what it dealt with, and remembers the jobs whose rows were locked.
@@ -83,7 +87,8 @@ impl Backlog {
             return;
         }
         self.limit = usize::MAX;
-        self.outcomes.retain(|outcome| !tried.contains(&outcome.job) || locked.contains(&outcome.job));
+        self.outcomes
+            .retain(|outcome| !tried.contains(&outcome.completion.job) || locked.contains(&outcome.completion.job));
         self.locked.retain(|job| !tried.contains(job));
         if !locked.is_empty() {
             self.locked.extend(locked);
@@ -98,11 +103,15 @@ impl Backlog {
             self.limit = tried.len() / 2;
             return true;
         }
-        let Some(outcome) = self.outcomes.iter_mut().find(|outcome| tried.contains(&outcome.job)) else { return true };
-        if matches!(&outcome.verdict, Verdict::Failed { result: None, error } if error.starts_with(UNSTORABLE)) {
+        let Some(outcome) = self.outcomes.iter_mut().find(|outcome| tried.contains(&outcome.completion.job)) else {
+            return true;
+        };
+        if matches!(&outcome.completion.verdict, Verdict::Failed { result: None, error } if error.starts_with(UNSTORABLE))
+        {
             return false;
         }
-        outcome.verdict = Verdict::Failed { error: format!("{UNSTORABLE}: {reason}"), result: None };
+        outcome.completion.verdict = Verdict::Failed { error: format!("{UNSTORABLE}: {reason}"), result: None };
+        outcome.completion.retry_in = None;
         true
     }
 }
@@ -113,9 +122,15 @@ const UNSTORABLE: &str = "the answer could not be stored";
 mod tests {
     use super::*;
 
-    fn outcome(number: u128, bytes: usize) -> Outcome {
-        let verdict = Verdict::Completed { result: "x".repeat(bytes) };
-        Outcome { job: Uuid::from_u128(number), lease: Uuid::from_u128(1000 + number), verdict }
+    fn outcome(number: u128, bytes: usize) -> Finished {
+        let completion = Completion {
+            job: Uuid::from_u128(number),
+            lease: Uuid::from_u128(1000 + number),
+            verdict: Verdict::Completed { result: "x".repeat(bytes) },
+            http_status: None,
+            retry_in: None,
+        };
+        Finished { completion, held: Held::default() }
     }
 
     fn backlog(sizes: &[usize]) -> (Backlog, Instant) {
@@ -125,7 +140,7 @@ mod tests {
         (backlog, now)
     }
 
-    fn numbers(batch: &[&Outcome]) -> Vec<u128> {
+    fn numbers(batch: &[&Completion]) -> Vec<u128> {
         batch.iter().map(|outcome| outcome.job.as_u128()).collect()
     }
 

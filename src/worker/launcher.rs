@@ -1,12 +1,13 @@
-//! The launcher: gives every database that has the extension a worker, and a new one when that ends.
+//! The launcher: gives every database that has the extension its workers, and a new one when one ends.
 //!
 //! It is connected to no database, so it can't see where the extension is: it starts a worker, which looks, and ends
-//! at once where there is none. Afterwards a commit that needs a worker asks for it.
+//! at once where there is none. Afterwards a commit that needs a worker asks for it. Where there are to be several, the
+//! others are started beside the first, once that runs.
 
 use super::WORKER_MAIN;
 use crate::pg::bgworker::{self, Launched};
-use crate::pg::shmem::{self, WorkerState};
-use crate::pg::{catalog, transaction};
+use crate::pg::shmem::{self, Place, WorkerState};
+use crate::pg::{catalog, guc, transaction};
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -42,16 +43,16 @@ impl Running {
     }
 }
 
-/// What the launcher knows of a database.
+/// What the launcher knows of one of the workers that a database has or may have.
 #[derive(Default)]
-struct Database {
+struct Post {
     running: Option<Running>,
     /// When to start a worker; `None`: not before somebody asks.
     due: Option<Instant>,
     failures: u32,
 }
 
-impl Database {
+impl Post {
     /// Somebody needs a worker now; only one that keeps failing waits its time.
     fn ask(&mut self, now: Instant) {
         if self.failures == 0 {
@@ -66,13 +67,63 @@ impl Database {
     }
 }
 
+/// The workers of a database: the first, which finds out whether the extension is there, and those beside it.
+#[derive(Default)]
+struct Database {
+    posts: Vec<Post>,
+}
+
+impl Database {
+    /// The first worker's post.
+    fn first(&mut self) -> &mut Post {
+        self.post(0)
+    }
+
+    fn post(&mut self, number: u16) -> &mut Post {
+        let number = usize::from(number);
+        if self.posts.len() <= number {
+            self.posts.resize_with(number + 1, Post::default);
+        }
+        &mut self.posts[number]
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Running> {
+        self.posts.iter().filter_map(|post| post.running.as_ref())
+    }
+
+    /// Has the others started as soon as the first is at work.
+    fn complete(&mut self, workers: u16, now: Instant) {
+        let first = self.first().running.as_ref();
+        if first.is_none_or(|first| shmem::slot_state(first.slot) != WorkerState::Running) {
+            return;
+        }
+        for number in 1..workers {
+            let post = self.post(number);
+            if post.running.is_none() {
+                post.due.get_or_insert(now);
+            }
+        }
+    }
+
+    /// The posts to be filled now. None as long as workers are there that share the jobs among another number.
+    fn due(&self, workers: u16, now: Instant) -> impl Iterator<Item = u16> {
+        let mut running = self.running().map(|running| shmem::slot_place(running.slot).of);
+        let is_mixed = running.any(|of| of != workers);
+        let has_first = self.posts.first().is_some_and(|post| post.running.is_some());
+        let posts = (0..workers).zip(&self.posts);
+        let due = posts.filter(move |(number, post)| !is_mixed && post.is_due(now) && (*number == 0 || has_first));
+        due.map(|(number, _)| number)
+    }
+}
+
 pub fn main() {
     bgworker::start(None);
     shmem::attach_launcher();
     let mut databases: HashMap<pg_sys::Oid, Database> = HashMap::new();
     let mut next_scan = Instant::now();
-    for (slot, oid) in shmem::occupied_slots() {
-        databases.entry(oid).or_default().running = Some(Running { slot, handle: None, since: next_scan });
+    for (slot, oid, place) in shmem::occupied_slots() {
+        let running = Running { slot, handle: None, since: next_scan };
+        databases.entry(oid).or_default().post(place.number).running = Some(running);
     }
     let mut told_no_room = false;
     loop {
@@ -81,30 +132,35 @@ pub fn main() {
         }
         bgworker::handle_interrupts();
         bgworker::reload_configuration();
+        let workers = guc::workers_per_database();
         let now = Instant::now();
         match shmem::take_wanted() {
             Some(wanted) => {
                 for oid in wanted {
-                    databases.entry(oid).or_default().ask(now);
+                    databases.entry(oid).or_default().first().ask(now);
                 }
             }
             None => {
-                databases.values_mut().for_each(|database| database.due = Some(now));
+                databases.values_mut().for_each(|database| database.first().due = Some(now));
                 next_scan = now;
             }
         }
-        databases.values_mut().for_each(|database| notice_end(database, now));
+        for database in databases.values_mut() {
+            database.posts.iter_mut().for_each(|post| notice_end(post, now));
+            database.complete(workers, now);
+        }
         // A database may be gone since its worker ended: look before starting another.
-        if now >= next_scan || databases.values().any(|database| database.is_due(now)) {
+        if now >= next_scan || databases.values().any(|database| database.due(workers, now).next().is_some()) {
             scan(&mut databases, now);
             next_scan = now + RESCAN_INTERVAL;
         }
-        let started = start_due(&mut databases, now);
+        let started = start_due(&mut databases, workers, now);
         if started == Room::None && !told_no_room {
             log!("nexus_hub: no free background worker for a database; raise max_worker_processes");
         }
         told_no_room = started == Room::None;
-        let next = databases.values().filter(|database| database.running.is_none()).filter_map(|database| database.due);
+        let posts = databases.values().flat_map(|database| &database.posts[..database.posts.len().min(workers.into())]);
+        let next = posts.filter(|post| post.running.is_none()).filter_map(|post| post.due);
         let until = next.chain([next_scan]).min().map_or(RESCAN_INTERVAL, |at| at.saturating_duration_since(now));
         // Never a busy loop: what is due but could not be started is tried again in a while.
         bgworker::wait(None, until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(20) }));
@@ -112,22 +168,22 @@ pub fn main() {
 }
 
 /// Finds out why a worker is gone, and when the next one is due.
-fn notice_end(database: &mut Database, now: Instant) {
-    let Some(running) = database.running.take_if(|running| running.is_over(now)) else { return };
+fn notice_end(post: &mut Post, now: Instant) {
+    let Some(running) = post.running.take_if(|running| running.is_over(now)) else { return };
     let state = shmem::slot_state(running.slot);
     let woken = shmem::slot_was_woken(running.slot);
     shmem::free_slot(running.slot);
     if now.duration_since(running.since) >= HEALTHY_TIME {
-        database.failures = 0;
+        post.failures = 0;
     }
-    database.due = match state {
+    post.due = match state {
         // A wake-up that it did not see may be that of a new CREATE EXTENSION.
-        WorkerState::NoExtension if !woken => database.due,
+        WorkerState::NoExtension if !woken => post.due,
         WorkerState::NoExtension | WorkerState::Replaced => Some(now),
         WorkerState::Left => Some(now + AWAY_TIME),
         WorkerState::Starting | WorkerState::Running | WorkerState::Stopped => {
-            let delay = FIRST_RETRY * 2u32.saturating_pow(database.failures.min(16));
-            database.failures += 1;
+            let delay = FIRST_RETRY * 2u32.saturating_pow(post.failures.min(16));
+            post.failures += 1;
             Some(now + delay.min(LAST_RETRY))
         }
     };
@@ -138,9 +194,11 @@ fn scan(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) {
     match transaction::run(c"nexus_hub: reading pg_database", catalog::connectable_databases) {
         Ok(found) => {
             let found: HashSet<_> = found.into_iter().collect();
-            databases.retain(|oid, database| found.contains(oid) || database.running.is_some());
+            databases.retain(|oid, database| found.contains(oid) || database.running().next().is_some());
             for oid in found {
-                databases.entry(oid).or_insert_with(|| Database { due: Some(now), ..Database::default() });
+                databases
+                    .entry(oid)
+                    .or_insert_with(|| Database { posts: vec![Post { due: Some(now), ..Post::default() }] });
             }
         }
         Err(problem) => log!("nexus_hub: could not read the list of databases: {}", problem.message),
@@ -153,19 +211,21 @@ enum Room {
     None,
 }
 
-fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) -> Room {
-    let is_starting = |running: &Running| shmem::slot_state(running.slot) == WorkerState::Starting;
-    let starting = databases.values().filter(|database| database.running.as_ref().is_some_and(is_starting)).count();
+fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, workers: u16, now: Instant) -> Room {
+    let is_starting = |running: &&Running| shmem::slot_state(running.slot) == WorkerState::Starting;
+    let starting = databases.values().flat_map(Database::running).filter(is_starting).count();
     // The postmaster tells when one of them has started; then there is room for another.
     let room = MAX_STARTING.saturating_sub(starting);
-    for (oid, database) in databases.iter_mut().filter(|(_, database)| database.is_due(now)).take(room) {
-        let Some(slot) = shmem::reserve_slot(*oid) else { return Room::None };
+    let due = databases.iter().flat_map(|(oid, database)| database.due(workers, now).map(|number| (*oid, number)));
+    for (oid, number) in due.take(room).collect::<Vec<_>>() {
+        let Some(slot) = shmem::reserve_slot(oid, Place { number, of: workers }) else { return Room::None };
         let Some(handle) = Launched::start(WORKER_MAIN, slot) else {
             shmem::free_slot(slot);
             return Room::None;
         };
-        database.due = None;
-        database.running = Some(Running { slot, handle: Some(handle), since: now });
+        let post = databases.entry(oid).or_default().post(number);
+        post.due = None;
+        post.running = Some(Running { slot, handle: Some(handle), since: now });
     }
     Room::Enough
 }

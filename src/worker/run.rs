@@ -1,140 +1,113 @@
-//! The worker of a database: complete what is done, claim what waits, hand it to the network thread, wait.
+//! A worker of a database: complete what is done, claim what waits, hand it to the network thread, wait.
 //!
 //! One short transaction does both, so that many jobs share a commit; no transaction is open while a request is.
 
-use super::assign;
-use super::backlog::Backlog;
+use super::assign::{self, Edge};
+use super::backlog::{Backlog, Finished};
+use super::feed::{self, Feed};
+use super::start;
+use crate::domain::schedule::{BreakerState, LaneId, Pick, Reach, Schedule};
 use crate::jobs::queue::{ClaimedJob, Queue};
-use crate::net::{Limits, Net, Outcome, ThreadGone, Verdict};
-use crate::pg::guc::{self, WorkerSettings};
-use crate::pg::shmem::{self, WorkerState};
+use crate::net::outbound::Outbound;
+use crate::net::{Ending, Limits, Net, Retry, ThreadGone, Verdict};
+use crate::pg::guc::WorkerSettings;
+use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
 use crate::vault;
 use pgrx::prelude::*;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-const GONE: i32 = 0;
-const RESTART: i32 = 1;
+/// Exit code: nothing to do here.
+pub const GONE: i32 = 0;
+/// Exit code: a new worker may do better.
+pub const RESTART: i32 = 1;
 /// How long to wait before a failed transaction is tried again.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// Transactions that may fail in a row, with nothing to be lost, before the worker starts anew.
 const MAX_FAILURES: u32 = 20;
-/// Descriptors that are not for requests: files of PostgreSQL, sessions, the way to the network thread.
-const OTHER_DESCRIPTORS: usize = 200;
+/// How long rows are locked one by one after somebody was found to keep one locked.
+const CAREFUL_TIME: Duration = Duration::from_secs(10);
+
 /// How a transaction went.
 enum Step {
-    Done {
-        /// Jobs whose rows were locked.
-        locked: Vec<Uuid>,
-        claimed: Vec<ClaimedJob>,
-    },
+    Done(Done),
     /// The extension is gone; whether it is there anew.
-    ExtensionGone { replaced: bool },
+    ExtensionGone {
+        replaced: bool,
+    },
 }
 
-struct Worker {
-    extension: pg_sys::Oid,
-    queue: Queue,
-    net: Net,
-    limits: Arc<Limits>,
-    descriptors: usize,
-    settings: WorkerSettings,
+#[derive(Default)]
+struct Done {
+    /// Jobs whose rows were locked.
+    locked: Vec<Uuid>,
+    lease: Uuid,
+    claimed: Vec<ClaimedJob>,
+    /// Jobs in flight that are no longer to be run.
+    lost: Vec<Uuid>,
+}
+
+/// A job that was claimed.
+pub struct Running {
+    lane: LaneId,
+    /// Attempts made with this one, and allowed.
+    attempts: (i32, i32),
+}
+
+pub struct Worker {
+    pub extension: pg_sys::Oid,
+    pub database: pg_sys::Oid,
+    pub place: Place,
+    /// What the leases of this worker begin with.
+    pub holder: u64,
+    pub leases: u64,
+    pub queue: Queue,
+    pub net: Net,
+    pub outbound: Arc<Outbound>,
+    pub limits: Arc<Limits>,
+    pub descriptors: usize,
+    pub settings: WorkerSettings,
+    pub edge: Option<Result<Edge, String>>,
     /// What ALTER DATABASE … SET said when this worker connected: it counts only for new connections.
-    database_settings: String,
-    /// Whether that has changed since: no more jobs, and a new worker as soon as none is in flight.
-    outdated: bool,
-    /// Jobs that the network thread has, with the leases they were claimed under.
-    in_flight: HashSet<(Uuid, Uuid)>,
+    pub database_settings: String,
+    /// Whether that has changed since, or how many workers there are: no more jobs, and a new worker as soon as none is
+    /// in flight.
+    pub outdated: bool,
+    pub schedule: Schedule,
+    pub feed: Feed,
+    /// Jobs that the network thread has, by the leases they were claimed under.
+    pub in_flight: HashMap<(Uuid, Uuid), Running>,
     /// Outcomes that are not written yet.
-    backlog: Backlog,
+    pub backlog: Backlog,
     /// The jobs whose outcomes the last transaction tried to write.
-    tried: HashSet<Uuid>,
+    pub tried: HashSet<Uuid>,
+    /// What is to be claimed in the running transaction.
+    pub picks: Vec<Pick>,
+    /// Breakers that have changed and are not shown yet.
+    pub breakers: Vec<BreakerState>,
     /// Whether the last look at the network thread ended with a full batch: there may be more.
-    outcomes_due: bool,
-    /// Whether there may be pending jobs that no claim has seen.
-    claim_due: bool,
-    next_poll: Instant,
-    failures: u32,
+    pub outcomes_due: bool,
+    /// Whether the last look at the schedule ended with a full batch: there may be more.
+    pub picks_due: bool,
+    /// When the schedule was looked at last.
+    pub looked_at: Instant,
+    /// Whether somebody has changed jobs that run.
+    pub look_due: bool,
+    pub careful_until: Option<Instant>,
+    /// Whether there was work since memory was last given back.
+    pub was_busy: bool,
+    pub next_poll: Instant,
+    pub failures: u32,
     /// No transaction before this time.
-    not_before: Option<Instant>,
-}
-
-/// Runs the worker of a slot until it has to end, and returns its exit code.
-pub fn main(slot: usize) -> i32 {
-    let Some(database) = shmem::attach_worker(slot) else { return GONE };
-    bgworker::start(Some(database));
-    bgworker::pin_session_settings();
-    let opened = transaction::run(c"nexus_hub: starting", || {
-        // The same lock as in every later transaction: the extension can't go while its functions are looked up.
-        let Some(extension) = catalog::extension().filter(|extension| catalog::hold_extension(*extension)) else {
-            return Ok(None);
-        };
-        let open = || Ok::<_, pgrx::spi::SpiError>((extension, Queue::open()?, Queue::database_settings()?));
-        open().map(Some).map_err(|problem| problem.to_string())
-    });
-    let (extension, queue, database_settings) = match opened {
-        Ok(Some(opened)) => opened,
-        Ok(None) => {
-            shmem::set_worker_state(WorkerState::NoExtension);
-            return GONE;
-        }
-        Err(problem) => {
-            log!("nexus_hub: the worker could not start: {}", problem.message);
-            return RESTART;
-        }
-    };
-    let descriptors = bgworker::raise_descriptor_limit();
-    let settings = settings(descriptors);
-    let limits =
-        Arc::new(Limits::new(settings.max_in_flight, settings.max_response_bytes, settings.session_idle_timeout));
-    let net = match bgworker::with_signals_blocked(|| Net::start(Arc::clone(&limits))) {
-        Ok(net) => net,
-        Err(problem) => {
-            log!("nexus_hub: could not start the network thread: {problem}");
-            return RESTART;
-        }
-    };
-    // From here on commits wake this worker. What was committed before is found by the first claim.
-    shmem::set_worker_state(WorkerState::Running);
-    Worker {
-        extension,
-        queue,
-        net,
-        limits,
-        descriptors,
-        settings,
-        database_settings,
-        outdated: false,
-        in_flight: HashSet::new(),
-        backlog: Backlog::new(Instant::now()),
-        tried: HashSet::new(),
-        outcomes_due: false,
-        claim_due: true,
-        // At once: jobs of a worker that is gone are given back by the poll.
-        next_poll: Instant::now(),
-        failures: 0,
-        not_before: None,
-    }
-    .work()
-}
-
-/// The settings, with no more requests in flight than there are descriptors for: one for each, and one for a
-/// connection that is kept for the next request.
-fn settings(descriptors: usize) -> WorkerSettings {
-    let mut settings = guc::worker_settings();
-    let most = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).max(1);
-    if settings.max_in_flight > most {
-        log!("nexus_hub: only {most} requests at a time: the limit of open files is {descriptors}");
-        settings.max_in_flight = most;
-    }
-    settings
+    pub not_before: Option<Instant>,
 }
 
 impl Worker {
-    fn work(mut self) -> i32 {
+    /// Works until it has to end, and returns the exit code.
+    pub fn work(mut self) -> i32 {
         loop {
             if bgworker::stop_requested() || shmem::leave_requested() {
                 return self.finish();
@@ -147,16 +120,13 @@ impl Worker {
                 shmem::set_worker_state(WorkerState::Replaced);
                 return GONE;
             }
-            self.claim_due |= shmem::take_wake();
+            self.take_wakes();
             if self.collect().is_err() {
                 log!("nexus_hub: the network thread is gone");
                 return RESTART;
             }
             match self.step() {
-                Ok(Step::Done { locked, claimed }) => {
-                    self.backlog.settle(&self.tried, &locked, Instant::now());
-                    claimed.into_iter().for_each(|job| self.send(job));
-                }
+                Ok(Step::Done(done)) => self.settle(done),
                 Ok(Step::ExtensionGone { replaced }) => {
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
                     shmem::set_worker_state(state);
@@ -172,17 +142,28 @@ impl Worker {
         }
     }
 
+    fn take_wakes(&mut self) {
+        self.look_due |= shmem::take_look();
+        if shmem::take_wake() {
+            self.schedule.wake();
+        }
+        self.feed.tick(&mut self.schedule, Instant::now());
+    }
+
     /// Takes what the network thread has finished, up to a batch.
     fn collect(&mut self) -> Result<(), ThreadGone> {
         self.net.acknowledge_wake();
-        let (net, in_flight) = (&self.net, &mut self.in_flight);
+        let (net, in_flight, schedule, settings) = (&self.net, &mut self.in_flight, &mut self.schedule, &self.settings);
+        let now = Instant::now();
         // What is left there was acknowledged: nobody will wake this thread for it.
         self.outcomes_due = self.backlog.fill(self.settings.batch_size, || {
-            let outcome = net.next_outcome()?;
-            if let Some(outcome) = &outcome {
-                in_flight.remove(&(outcome.job, outcome.lease));
+            while let Some(outcome) = net.next_outcome()? {
+                // A job that was broken off is not in flight any more.
+                let Some(running) = in_flight.remove(&(outcome.job, outcome.lease)) else { continue };
+                schedule.finished(running.lane, outcome.job.as_u128(), &outcome.ending.reach, now);
+                return Ok(Some(finished(outcome.job, outcome.lease, outcome.ending, running.attempts, settings)));
             }
-            Ok(outcome)
+            Ok(None)
         })?;
         Ok(())
     }
@@ -190,70 +171,165 @@ impl Worker {
     /// One transaction: gives back what others left, writes outcomes, claims jobs.
     fn step(&mut self) -> Result<Step, transaction::Failure> {
         let now = Instant::now();
-        let nothing = Ok(Step::Done { locked: Vec::new(), claimed: Vec::new() });
         self.tried.clear();
         if self.not_before.is_some_and(|at| now < at) {
-            return nothing;
+            return Ok(Step::Done(Done::default()));
         }
         let poll = now >= self.next_poll;
         let batch = self.backlog.batch(now);
-        let room = self.settings.max_in_flight.saturating_sub(self.in_flight.len());
         // After a failure outcomes come first, so that it is known which part fails.
         let may_claim = self.settings.enabled && !self.outdated && (self.failures == 0 || batch.is_empty());
-        let limit = if may_claim && (self.claim_due || poll) { room.min(self.settings.batch_size) } else { 0 };
-        if batch.is_empty() && limit == 0 && !poll {
-            return nothing;
+        let limit = if may_claim { self.settings.batch_size } else { 0 };
+        // The poll looks at everything.
+        if poll {
+            self.schedule.wake();
         }
-        self.tried.extend(batch.iter().map(|outcome| outcome.job));
-        let (extension, queue) = (self.extension, &self.queue);
+        self.looked_at = now;
+        self.picks = self.schedule.pick(limit, now);
+        self.picks_due = limit > 0 && self.picks.len() == limit;
+        let hungry = self.picks.len() < limit && self.schedule.room() > 0;
+        let reads = may_claim && self.feed.is_due(&self.schedule, hungry, now);
+        self.breakers.extend(self.schedule.breaker_changes(now));
+        let look = poll || (std::mem::take(&mut self.look_due) && !self.in_flight.is_empty());
+        if batch.is_empty() && self.picks.is_empty() && self.breakers.is_empty() && !reads && !look {
+            return Ok(Step::Done(Done::default()));
+        }
+        self.was_busy |= !batch.is_empty() || !self.picks.is_empty();
+        self.tried.extend(batch.iter().map(|completion| completion.job));
+        self.leases += 1;
+        let lease = Uuid::from_u64_pair(self.holder, self.leases);
+        let careful = self.careful_until.is_some_and(|until| now < until);
+        let limit = if hungry { limit } else { self.picks.len() };
+        let (extension, queue, schedule, feed, edge) =
+            (self.extension, &self.queue, &mut self.schedule, &mut self.feed, self.edge.as_ref());
+        let (picks, breakers, in_flight, settings) = (&mut self.picks, &self.breakers, &self.in_flight, &self.settings);
+        let (database, database_settings) = (self.database, &self.database_settings);
         let mut replaced = false;
+        let mut outdated = false;
+        let mut released = 0;
         let step = transaction::run(c"nexus_hub: completing and claiming jobs", || {
             if !catalog::hold_extension(extension) {
                 replaced = catalog::extension().is_some();
                 return Ok(None);
             }
-            let work = || {
-                let mut outdated = false;
+            let mut work = || {
+                let mut done = Done { lease, ..Done::default() };
                 if poll {
-                    outdated = Queue::database_settings()? != self.database_settings;
-                    let released = queue.release_abandoned(self.leases())?;
-                    if released > 0 {
-                        log!("nexus_hub: gave back {released} jobs of a worker that is gone");
-                    }
+                    outdated = Queue::database_settings()? != *database_settings;
+                    released = release_abandoned(queue, database, settings.max_crashes)?;
+                    feed::route(queue, schedule, edge, schedule.mcp_lanes())?;
                 }
-                let locked = if batch.is_empty() { Vec::new() } else { queue.complete(&batch)? };
-                let claimed = if limit > 0 { queue.claim(Uuid::new_v4(), limit)? } else { Vec::new() };
-                Ok::<_, pgrx::spi::SpiError>((locked, claimed, outdated))
+                if look && !in_flight.is_empty() {
+                    done.lost = queue.lost(in_flight.keys().copied())?;
+                }
+                if !batch.is_empty() {
+                    done.locked = queue.complete(&batch)?;
+                }
+                if !breakers.is_empty() {
+                    queue.show_breakers(Some(breakers))?;
+                }
+                if reads {
+                    feed.fill(queue, schedule, edge, picks, limit, now)?;
+                }
+                if !picks.is_empty() {
+                    let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
+                    done.claimed = queue.claim(lease, &jobs, careful)?;
+                }
+                Ok::<_, pgrx::spi::SpiError>(done)
             };
             work().map(Some).map_err(|problem| problem.to_string())
         })?;
-        let Some((locked, claimed, outdated)) = step else { return Ok(Step::ExtensionGone { replaced }) };
+        let Some(done) = step else { return Ok(Step::ExtensionGone { replaced }) };
+        if released > 0 {
+            log!("nexus_hub: gave back {released} jobs of a worker that is gone");
+            shmem::wake(self.database, false);
+        }
         self.failures = 0;
         self.not_before = None;
         self.outdated |= outdated;
+        self.breakers.clear();
         if poll {
             self.next_poll = now + self.settings.poll_interval;
-        }
-        if limit > 0 {
-            // A full batch means that there may be more.
-            self.claim_due = claimed.len() == limit;
+            self.tidy();
         }
         if !self.tried.is_empty() {
             shmem::announce_finished_jobs();
         }
-        Ok(Step::Done { locked, claimed })
+        Ok(Step::Done(done))
     }
 
-    /// The leases that are this worker's: of jobs in flight, and of outcomes to be written.
-    fn leases(&self) -> HashSet<Uuid> {
-        self.in_flight.iter().map(|(_, lease)| *lease).chain(self.backlog.leases()).collect()
+    /// After the commit: forgets what is written, breaks off what is cancelled, and sends what is claimed.
+    fn settle(&mut self, done: Done) {
+        let now = Instant::now();
+        self.backlog.settle(&self.tried, &done.locked, now);
+        for job in done.lost {
+            let Some(key) = self.in_flight.keys().find(|key| key.0 == job).copied() else { continue };
+            if let Some(running) = self.in_flight.remove(&key) {
+                self.net.cancel(key.0, key.1);
+                self.schedule.finished(running.lane, job.as_u128(), &Reach::Unknown, now);
+            }
+        }
+        let picks = std::mem::take(&mut self.picks);
+        self.schedule.claimed(&picks);
+        let mut claimed: HashMap<u128, ClaimedJob> =
+            done.claimed.into_iter().map(|job| (job.id.as_u128(), job)).collect();
+        for pick in picks {
+            match (claimed.remove(&pick.position.id), pick.failure) {
+                (Some(job), None) => self.send(job, done.lease, pick.lane),
+                (Some(job), Some(failure)) => {
+                    let error =
+                        format!("{failure} (not tried again for this job: the circuit breaker of its host is open)");
+                    let ending = Ending { retry: Retry::Later, ..Ending::refused(error) };
+                    self.end(&job, done.lease, ending);
+                }
+                // Cancelled or claimed meanwhile, or locked: then the next poll finds it again.
+                (None, None) => self.schedule.finished(pick.lane, pick.position.id, &Reach::Unknown, now),
+                (None, Some(_)) => {}
+            }
+        }
+    }
+
+    fn send(&mut self, job: ClaimedJob, lease: Uuid, lane: LaneId) {
+        let id = job.id;
+        let attempts = (job.attempts, assign::max_attempts(&job));
+        match assign::request(job, lease, self.settings.request_timeout, self.edge.as_ref()) {
+            Ok(request) => {
+                // If the thread is gone, the next loop notices and the next worker takes the job.
+                self.net.send(request);
+                self.in_flight.insert((id, lease), Running { lane, attempts });
+            }
+            Err(error) => {
+                self.schedule.finished(lane, id.as_u128(), &Reach::Unknown, Instant::now());
+                self.backlog.push(finished(id, lease, Ending::refused(error), attempts, &self.settings));
+            }
+        }
+    }
+
+    /// Ends a job that was claimed and not sent.
+    fn end(&mut self, job: &ClaimedJob, lease: Uuid, ending: Ending) {
+        let attempts = (job.attempts, assign::max_attempts(job));
+        self.backlog.push(finished(job.id, lease, ending, attempts, &self.settings));
     }
 
     /// After a failed transaction: when to try again, with how much, or the exit code when that is pointless.
     fn failed(&mut self, failure: transaction::Failure) -> Option<i32> {
+        let now = Instant::now();
+        let picks = std::mem::take(&mut self.picks);
+        let was_claiming = !picks.is_empty();
+        self.schedule.put_back(picks, now);
+        self.schedule.wake();
+        self.look_due = true;
+        let was_careful = self.careful_until.is_some_and(|until| now < until);
+        if failure.transient && was_claiming {
+            self.careful_until = Some(now + CAREFUL_TIME);
+            if !was_careful {
+                // Somebody keeps a row locked: tried again at once, past it.
+                self.picks_due = true;
+                return None;
+            }
+        }
         self.failures += 1;
-        self.claim_due = true;
-        self.not_before = Some(Instant::now() + RETRY_DELAY);
+        self.not_before = Some(now + RETRY_DELAY);
         if self.failures == 1 {
             log!("nexus_hub: a transaction of the worker failed and is tried again: {}", failure.message);
         }
@@ -265,28 +341,15 @@ impl Worker {
         (!can_go_on && self.failures >= MAX_FAILURES).then_some(RESTART)
     }
 
-    fn send(&mut self, job: ClaimedJob) {
-        let (id, lease) = (job.id, job.lease);
-        match assign::request(job, self.settings.request_timeout) {
-            Ok(request) => {
-                // If the thread is gone, the next loop notices and the next worker takes the job.
-                self.net.send(request);
-                self.in_flight.insert((id, lease));
-            }
-            Err(error) => {
-                self.backlog.push(Outcome { job: id, lease, verdict: Verdict::Failed { error, result: None } });
-            }
-        }
-    }
-
     fn wait(&mut self) {
-        self.claim_due |= shmem::take_wake();
+        self.take_wakes();
         let now = Instant::now();
-        let has_room = self.settings.enabled && !self.outdated && self.in_flight.len() < self.settings.max_in_flight;
+        let may_claim = self.settings.enabled && !self.outdated;
         let busy = self.outcomes_due
+            || self.look_due
             // Jobs that failed before they were sent are outcomes, too.
             || self.backlog.has_fresh()
-            || (self.claim_due && has_room);
+            || (may_claim && (self.picks_due || self.schedule.has_doomed() || self.feed.is_due(&self.schedule, self.schedule.room() > 0, now)));
         let asked = (self.outdated && self.in_flight.is_empty())
             || bgworker::stop_requested()
             || bgworker::reload_requested()
@@ -298,28 +361,42 @@ impl Worker {
         } else if busy {
             Duration::ZERO
         } else {
-            let next = self.backlog.look_again().map_or(self.next_poll, |at| at.min(self.next_poll));
+            // A probe that was due and not sent waits for a place.
+            let probe = self.schedule.next_probe().filter(|at| *at > self.looked_at);
+            let jobs = [self.feed.next(&self.schedule), probe].into_iter().flatten().filter(|_| may_claim);
+            let next = jobs.chain(self.backlog.look_again()).chain([self.next_poll]).min().unwrap_or(now);
             next.saturating_duration_since(now)
         };
         bgworker::wait(Some(self.net.wake_descriptor()), time);
     }
 
     fn take_settings(&mut self) {
-        self.settings = settings(self.descriptors);
-        self.limits.set(
-            self.settings.max_in_flight,
-            self.settings.max_response_bytes,
-            self.settings.session_idle_timeout,
-        );
+        self.settings = start::settings(self.descriptors);
+        self.limits.set(start::limit_values(&self.settings));
+        self.schedule.set_limits(start::caps(&self.settings), start::rules(&self.settings));
+        if let Err(problem) = self.outbound.configure(start::egress(&self.settings)) {
+            log!("nexus_hub: {problem}; requests go as before");
+        }
+        self.outdated |= self.settings.workers != self.place.of;
         // The poll looks whether the database's settings have changed, too.
         self.next_poll = Instant::now();
-        self.claim_due = true;
         if let Some(problem) = vault::problem() {
             log!("nexus_hub: {problem}");
         }
     }
 
-    /// Writes what is finished; what is in flight is given back by the next worker.
+    /// Now and then: lets go of what is not used any more.
+    fn tidy(&mut self) {
+        self.schedule.retire();
+        if std::mem::take(&mut self.was_busy) {
+            if self.in_flight.is_empty() {
+                self.in_flight.shrink_to_fit();
+            }
+            bgworker::give_memory_back();
+        }
+    }
+
+    /// Writes what is finished, and gives back what is in flight.
     fn finish(&mut self) -> i32 {
         bgworker::postpone_end();
         self.settings.enabled = false;
@@ -327,11 +404,25 @@ impl Worker {
         loop {
             let more = self.collect().is_ok() && self.outcomes_due;
             match self.step() {
-                Ok(Step::Done { locked, .. }) => self.backlog.settle(&self.tried, &locked, Instant::now()),
+                Ok(Step::Done(done)) => self.settle(done),
                 _ => break,
             }
             if !more {
                 break;
+            }
+        }
+        let leases: HashSet<_> = self.in_flight.keys().map(|(_, lease)| *lease).collect();
+        if !leases.is_empty() {
+            let (extension, queue) = (self.extension, &self.queue);
+            let given_back = transaction::run(c"nexus_hub: giving jobs back", || {
+                if !catalog::hold_extension(extension) {
+                    return Ok(0);
+                }
+                queue.release(leases.into_iter().collect(), None).map_err(|problem| problem.to_string())
+            });
+            if let Err(failure) = given_back {
+                // The next worker finds them, and takes this one's end for a crash.
+                log!("nexus_hub: the jobs in flight were not given back: {}", failure.message);
             }
         }
         if shmem::leave_requested() {
@@ -339,4 +430,20 @@ impl Worker {
         }
         GONE
     }
+}
+
+/// Gives back the jobs of the database's workers that are gone.
+fn release_abandoned(queue: &Queue, database: pg_sys::Oid, max_crashes: i32) -> Result<i32, pgrx::spi::SpiError> {
+    let held = queue.held_leases()?;
+    // Looked at after the leases: whoever holds one has made itself known before.
+    let live = shmem::live_holders(database);
+    let abandoned: Vec<_> = held.into_iter().filter(|lease| !live.contains(&lease.as_u64_pair().0)).collect();
+    if abandoned.is_empty() { Ok(0) } else { queue.release(abandoned, Some(max_crashes)) }
+}
+
+fn finished(job: Uuid, lease: Uuid, ending: Ending, attempts: (i32, i32), settings: &WorkerSettings) -> Finished {
+    let held = ending.held.clone();
+    let is_retried = ending.retry != Retry::Never && matches!(ending.verdict, Verdict::Failed { .. });
+    let jitter = if is_retried { (Uuid::new_v4().as_u64_pair().1 as u32) as f64 / f64::from(u32::MAX) } else { 0.0 };
+    Finished { completion: assign::completion(job, lease, ending, attempts, settings, jitter), held }
 }

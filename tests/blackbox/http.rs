@@ -67,18 +67,6 @@ fn an_error_status_fails_the_job_and_keeps_the_answer() {
 }
 
 #[test]
-fn redirects_are_not_followed() {
-    let (server, _database, mut client) = answered(|_| {
-        let mut answer = Answer::new("302 Found", "text/plain", "");
-        answer.headers.push(("Location", "/elsewhere".into()));
-        answer
-    });
-    let result = run_http(&mut client, json!({"url": server.url})).completed();
-    assert_eq!((&result["status"], &result["headers"]["location"]), (&json!(302), &json!("/elsewhere")));
-    assert_eq!(server.requests().len(), 1);
-}
-
-#[test]
 fn a_bad_request_is_a_failed_job_and_nothing_is_sent() {
     let (server, _database, mut client) = answered(|_| Answer::json("{}"));
     for (params, problem) in [

@@ -109,7 +109,7 @@ fn a_databases_owner_can_not_have_the_worker_run_own_code_as_superuser() {
              CREATE TRIGGER take_over BEFORE UPDATE ON public.job_results FOR EACH ROW EXECUTE FUNCTION public.take_over();
              INSERT INTO public.job_results (id, job_type, params) VALUES (gen_random_uuid(), 'http_request', '{{\"url\": \"http://127.0.0.1:1/\"}}');
              RESET ROLE;
-             INSERT INTO hidden.job_results (job_type, params) VALUES ('http_request', '{{\"url\": \"http://127.0.0.1:1/\"}}')",
+             INSERT INTO hidden.job_results (job_type, params, max_attempts) VALUES ('http_request', '{{\"url\": \"http://127.0.0.1:1/\"}}', 1)",
             database.name
         ))
         .expect("an owner's tricks");

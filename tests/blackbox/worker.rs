@@ -224,7 +224,7 @@ fn settings_take_effect_with_a_reload() {
 fn run_http_for(client: &mut postgres::Client, url: &str) -> Option<String> {
     let job: uuid::Uuid = client
         .query_one(
-            "INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id",
+            "INSERT INTO job_results (job_type, params, max_attempts) VALUES ('http_request', $1, 1) RETURNING id",
             &[&json!({"url": url})],
         )
         .expect("INSERT")

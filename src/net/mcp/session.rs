@@ -4,6 +4,7 @@ use super::tag::Noted;
 use super::transport::Transport;
 use crate::net::endpoint::{Endpoint, sensitive};
 use crate::net::failure::{Failure, words};
+use crate::net::outbound::Outbound;
 use crate::net::runtime::Limits;
 use reqwest::header::{HeaderName, HeaderValue};
 use rmcp::model::{ClientCapabilities, ClientConfig, Implementation, ProtocolVersion};
@@ -68,14 +69,14 @@ struct State {
 
 /// The sessions of the process, by server and credentials.
 pub struct Sessions {
-    client: reqwest::Client,
+    outbound: Arc<Outbound>,
     limits: Arc<Limits>,
     sessions: Mutex<HashMap<Endpoint, Arc<tokio::sync::Mutex<State>>>>,
 }
 
 impl Sessions {
-    pub fn new(client: reqwest::Client, limits: Arc<Limits>) -> Self {
-        Self { client, limits, sessions: Mutex::default() }
+    pub fn new(outbound: Arc<Outbound>, limits: Arc<Limits>) -> Self {
+        Self { outbound, limits, sessions: Mutex::default() }
     }
 
     /// The session with a server; opened when there is none that lives.
@@ -111,7 +112,7 @@ impl Sessions {
 
     async fn open(&self, endpoint: &Endpoint) -> Result<RunningService<RoleClient, ClientConfig>, Failure> {
         let noted = Noted::default();
-        let transport = Transport::new(self.client.clone(), Arc::clone(&self.limits), noted.clone());
+        let transport = Transport::new(Arc::clone(&self.outbound), Arc::clone(&self.limits), noted.clone());
         let mut config = StreamableHttpClientTransportConfig::with_uri(endpoint.url.as_str());
         config.max_concurrent_requests = self.limits.max_in_flight();
         config.max_sse_event_size = self.limits.max_response_bytes();

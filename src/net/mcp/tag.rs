@@ -1,5 +1,6 @@
 //! What travels with a call through the MCP library: there to its HTTP request, and back with what went wrong.
 
+use crate::net::body::Held;
 use crate::net::failure::Failure;
 use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
@@ -28,11 +29,13 @@ pub struct CallTag {
     /// What the arguments' stand-in is to be replaced by.
     pub arguments: Option<Arc<str>>,
     pub noted: Noted,
+    /// The memory that the answer was given.
+    pub held: Held,
 }
 
 impl CallTag {
     pub fn new(job: Uuid, arguments: Option<String>) -> Self {
-        Self { job, arguments: arguments.map(Arc::from), noted: Noted::default() }
+        Self { job, arguments: arguments.map(Arc::from), noted: Noted::default(), held: Held::default() }
     }
 
     /// Waits for the transport to note a failure.

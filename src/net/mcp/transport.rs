@@ -3,13 +3,15 @@
 
 use super::tag::{CallTag, Noted};
 use super::wire;
+use crate::net::body::{self, Held};
 use crate::net::failure::{Failure, words};
-use crate::net::http::{IDEMPOTENCY_KEY, read_body};
+use crate::net::http::{IDEMPOTENCY_KEY, redirect, retry_after};
+use crate::net::outbound::Outbound;
 use crate::net::runtime::Limits;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderName, HeaderValue};
-use reqwest::{RequestBuilder, Response, StatusCode};
+use reqwest::{Method, Request, Response, StatusCode, Url};
 use rmcp::model::{ClientJsonRpcMessage, ClientRequest, ErrorData, GetExtensions, ServerJsonRpcMessage};
 use rmcp::transport::streamable_http_client::{
     SseError, StreamableHttpClient, StreamableHttpError, StreamableHttpPostResponse,
@@ -17,16 +19,18 @@ use rmcp::transport::streamable_http_client::{
 use sse_stream::{Sse, SseStream};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 const JSON: &str = "application/json";
 const EVENT_STREAM: &str = "text/event-stream";
+const ACCEPTED_KINDS: &str = "application/json, text/event-stream";
 
 /// The HTTP of one session.
 #[derive(Clone)]
 pub struct Transport {
-    client: reqwest::Client,
+    outbound: Arc<Outbound>,
     limits: Arc<Limits>,
     noted: Noted,
     /// The streams that can be taken up again, by their last event.
@@ -39,13 +43,13 @@ type Events = BoxStream<'static, Result<Sse, SseError>>;
 
 impl Transport {
     /// A transport that notes in `noted` what goes wrong outside of calls: in the handshake.
-    pub fn new(client: reqwest::Client, limits: Arc<Limits>, noted: Noted) -> Self {
-        Self { client, limits, noted, resumable: Arc::default() }
+    pub fn new(outbound: Arc<Outbound>, limits: Arc<Limits>, noted: Noted) -> Self {
+        Self { outbound, limits, noted, resumable: Arc::default() }
     }
 
     async fn post(
         &self,
-        request: RequestBuilder,
+        mut request: Request,
         message: &ClientJsonRpcMessage,
         has_session: bool,
     ) -> Result<StreamableHttpPostResponse, Failed> {
@@ -54,8 +58,9 @@ impl Transport {
         if let Some(CallTag { job, arguments: Some(arguments), .. }) = &tag {
             text = wire::with_arguments(&text, *job, arguments);
         }
-        let request = request.header(CONTENT_TYPE, JSON).body(text);
-        let response = request.send().await.map_err(Failure::from)?;
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(JSON));
+        *request.body_mut() = Some(text.into());
+        let response = self.send(request).await?;
         let status = response.status();
         if status == StatusCode::NOT_FOUND && has_session {
             // The library opens a new session and sends the call again.
@@ -69,12 +74,17 @@ impl Transport {
         let kind = content_type(&response);
         let is_call = tag.is_some();
         if status.is_success() && kind.starts_with(EVENT_STREAM) {
-            return Ok(StreamableHttpPostResponse::Sse(self.events(response, self.place(message), is_call), session));
+            return Ok(StreamableHttpPostResponse::Sse(
+                self.events(response, self.place(message), tag.map(|tag| tag.held)),
+                session,
+            ));
         }
-        let body = read_body(response, self.limits.max_response_bytes()).await?;
+        let held = tag.map(|tag| tag.held).unwrap_or_default();
+        let retry_after = retry_after(&response);
+        let body = body::read(response, &self.limits, &held).await?;
         let text = String::from_utf8_lossy(&body);
         if !status.is_success() {
-            return refused(message, status, &text, has_session, session);
+            return refused(message, status, retry_after, &text, has_session, session);
         }
         if !kind.starts_with(JSON) {
             let kind =
@@ -85,19 +95,32 @@ impl Transport {
         parse(wrapped.as_deref().unwrap_or(&text)).map(|message| StreamableHttpPostResponse::Json(message, session))
     }
 
+    /// Sends a request, and follows redirects that change neither its method nor its origin: a credential must not go
+    /// to another, and a call that becomes a GET is none.
+    async fn send(&self, mut request: Request) -> Result<Response, Failure> {
+        for _ in 0..=self.limits.max_redirects() {
+            let again = request.try_clone();
+            let url = request.url().clone();
+            let response = self.outbound.send(request).await?;
+            let Some(next) = redirect(&url, &response)? else { return Ok(response) };
+            let elsewhere = next.origin() != url.origin();
+            if elsewhere || !matches!(response.status().as_u16(), 307 | 308) {
+                let place = if elsewhere { next.origin().ascii_serialization() } else { "another path".into() };
+                return Err(Failure::Redirect(format!("it leads to {place}; is that the server's URL?")));
+            }
+            request = again.ok_or_else(|| Failure::Internal("a request's body cannot be sent twice".into()))?;
+            *request.url_mut() = next;
+        }
+        Err(Failure::Redirect(format!("there are more than {} of them", self.limits.max_redirects())))
+    }
+
     /// The events of a response, up to the size that a whole answer may have. A stream that ends without an answer
     /// and can't be taken up again is a failure.
-    fn events(&self, response: Response, noted: Noted, has_result: bool) -> Events {
-        let limit = self.limits.max_response_bytes();
-        let mut size = 0;
+    fn events(&self, response: Response, noted: Noted, held: Option<Held>) -> Events {
+        let has_result = held.is_some();
         let note = noted.clone();
-        let capped = response.bytes_stream().map_err(Failure::from).map(move |chunk| {
-            let chunk = chunk.and_then(|chunk| {
-                size += chunk.len();
-                if size > limit { Err(Failure::TooLarge { limit }) } else { Ok(chunk) }
-            });
-            chunk.inspect_err(|failure| note.set(failure.clone()))
-        });
+        let capped = body::chunks(response, &self.limits, &held.unwrap_or_default());
+        let capped = capped.map(move |chunk| chunk.inspect_err(|failure| note.set(failure.clone())));
         let mut place = Place { resumable: Arc::clone(&self.resumable), last_event: None, answered: false, noted };
         SseStream::from_bytes_stream(capped)
             .map_ok(move |mut event| {
@@ -169,6 +192,7 @@ impl From<Failure> for Failed {
 fn refused(
     message: &ClientJsonRpcMessage,
     status: StatusCode,
+    retry_after: Option<Duration>,
     text: &str,
     has_session: bool,
     session: Option<String>,
@@ -195,7 +219,7 @@ fn refused(
     }
     match rpc_error {
         Some(error) => Ok(StreamableHttpPostResponse::Json(ServerJsonRpcMessage::Error(error), session)),
-        None => Err(Failure::Status { status: status.as_u16(), body: words(&plain_words(text)) }.into()),
+        None => Err(Failure::Status { status: status.as_u16(), body: words(&plain_words(text)), retry_after }.into()),
     }
 }
 
@@ -237,14 +261,16 @@ fn call_tag(message: &ClientJsonRpcMessage) -> Option<CallTag> {
     }
 }
 
-fn with_headers(mut request: RequestBuilder, session: Option<&str>, headers: Headers) -> RequestBuilder {
-    for (name, value) in headers {
-        request = request.header(name, value);
+fn request(method: Method, uri: &str, session: Option<&str>, headers: Headers) -> Result<Request, Failed> {
+    let bad = |what: &str| Failed::from(Failure::BadRequest(format!("the request cannot be built: {what}")));
+    let url = Url::parse(uri).map_err(|_| bad("the URL"))?;
+    let mut request = Request::new(method, url);
+    request.headers_mut().extend(headers);
+    if let Some(session) = session {
+        let session = HeaderValue::from_str(session).map_err(|_| bad("the session's id"))?;
+        request.headers_mut().insert(SESSION_ID, session);
     }
-    match session {
-        Some(session) => request.header(SESSION_ID, session),
-        None => request,
-    }
+    Ok(request)
 }
 
 impl StreamableHttpClient for Transport {
@@ -258,10 +284,10 @@ impl StreamableHttpClient for Transport {
         _auth_header: Option<String>,
         custom_headers: Headers,
     ) -> Result<StreamableHttpPostResponse, Failed> {
-        let request = self.client.post(uri.as_ref()).header(ACCEPT, format!("{JSON}, {EVENT_STREAM}"));
-        let mut request = with_headers(request, session_id.as_deref(), custom_headers);
-        if let Some(tag) = call_tag(&message) {
-            request = request.header(IDEMPOTENCY_KEY, tag.job.to_string());
+        let mut request = request(Method::POST, &uri, session_id.as_deref(), custom_headers)?;
+        request.headers_mut().insert(ACCEPT, HeaderValue::from_static(ACCEPTED_KINDS));
+        if let Some(key) = call_tag(&message).and_then(|tag| HeaderValue::from_str(&tag.job.to_string()).ok()) {
+            request.headers_mut().insert(IDEMPOTENCY_KEY, key);
         }
         let result = self.post(request, &message, session_id.is_some()).await;
         if let Err(StreamableHttpError::Client(failure)) = &result {
@@ -277,8 +303,7 @@ impl StreamableHttpClient for Transport {
         _auth_header: Option<String>,
         custom_headers: Headers,
     ) -> Result<(), Failed> {
-        let request = with_headers(self.client.delete(uri.as_ref()), Some(&session_id), custom_headers);
-        request.send().await.map_err(Failure::from)?;
+        self.outbound.send(request(Method::DELETE, &uri, Some(&session_id), custom_headers)?).await?;
         Ok(())
     }
 
@@ -297,17 +322,21 @@ impl StreamableHttpClient for Transport {
         };
         let noted = self.resumable.lock().unwrap_or_else(PoisonError::into_inner).remove(&last_event_id);
         let noted = noted.unwrap_or_default();
-        let request = self.client.get(uri.as_ref()).header(ACCEPT, EVENT_STREAM).header(LAST_EVENT_ID, last_event_id);
-        let response = with_headers(request, session_id.as_deref(), custom_headers).send().await;
+        let mut request = request(Method::GET, &uri, session_id.as_deref(), custom_headers)?;
+        request.headers_mut().insert(ACCEPT, HeaderValue::from_static(EVENT_STREAM));
+        if let Ok(last_event_id) = HeaderValue::from_str(&last_event_id) {
+            request.headers_mut().insert(LAST_EVENT_ID, last_event_id);
+        }
+        let response = self.outbound.send(request).await;
         let failure = match response {
             Ok(response) if response.status().is_success() && content_type(&response).starts_with(EVENT_STREAM) => {
-                return Ok(self.events(response, noted, true));
+                return Ok(self.events(response, noted, Some(Held::default())));
             }
             Ok(response) => {
                 let status = response.status();
                 Failure::Broken(format!("the server ended the stream and does not take it up again ({status})"))
             }
-            Err(error) => error.into(),
+            Err(failure) => failure,
         };
         noted.set(failure.clone());
         Err(failure.into())

@@ -178,7 +178,8 @@ impl Cluster {
         let mut text = format!(
             "shared_preload_libraries = 'nexus_hub'\nlisten_addresses = ''\nport = 5432\n\
              unix_socket_directories = '{}'\nmax_connections = 100\nmax_worker_processes = 64\n\
-             fsync = off\nnexus_hub.vault_key_file = '{}/vault.key'\n",
+             fsync = off\nnexus_hub.egress_allow = '127.0.0.1'\n\
+             nexus_hub.vault_key_file = '{}/vault.key'\n",
             self.dir.display(),
             self.dir.display()
         );

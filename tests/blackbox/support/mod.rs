@@ -81,10 +81,10 @@ pub fn run_job(client: &mut Client, job_type: &str, server: &str, tool: Option<&
     wait_for_job(client, job)
 }
 
-/// Runs a plain HTTP job.
+/// Runs a plain HTTP job, with a single attempt.
 pub fn run_http(client: &mut Client, params: Value) -> Job {
     let job = client
-        .query_one("INSERT INTO job_results (job_type, params) VALUES ('http_request', $1) RETURNING id", &[&params])
+        .query_one("INSERT INTO job_results (job_type, params, max_attempts) VALUES ('http_request', $1, 1) RETURNING id", &[&params])
         .expect("a plain INSERT is enough")
         .get(0);
     wait_for_job(client, job)

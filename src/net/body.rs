@@ -1,0 +1,64 @@
+//! The bodies of answers, of bounded size each and bounded memory together.
+
+use super::failure::Failure;
+use super::runtime::Limits;
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt};
+use reqwest::Response;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// An answer up to this size is small: every request may have one.
+const SMALL: usize = 256 * 1024;
+
+/// One of the few places for large answers, kept until the answer is in its row.
+#[derive(Clone, Debug, Default)]
+pub struct Held(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl Held {
+    fn keep(&self, permit: OwnedSemaphorePermit) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(permit);
+    }
+}
+
+/// A response's body, decompressed, up to the size that is allowed. Beyond a small size it waits for a place among
+/// the large answers, which `held` keeps.
+pub fn chunks(
+    response: Response,
+    limits: &Arc<Limits>,
+    held: &Held,
+) -> impl Stream<Item = Result<Bytes, Failure>> + Send + 'static + use<> {
+    let (limits, held) = (Arc::clone(limits), held.clone());
+    let mut size = 0;
+    response.bytes_stream().map_err(Failure::from).and_then(move |chunk| {
+        let limit = limits.max_response_bytes();
+        let before = size;
+        size += chunk.len();
+        let (limits, held) = (Arc::clone(&limits), held.clone());
+        let is_large = before <= SMALL && before + chunk.len() > SMALL;
+        let is_too_large = before + chunk.len() > limit;
+        async move {
+            if is_too_large {
+                return Err(Failure::TooLarge { limit });
+            }
+            if is_large {
+                held.keep(limits.place_for_large_answer().await?);
+            }
+            Ok(chunk)
+        }
+    })
+}
+
+/// A response's whole body.
+pub async fn read(response: Response, limits: &Arc<Limits>, held: &Held) -> Result<Vec<u8>, Failure> {
+    let limit = limits.max_response_bytes();
+    if response.content_length().is_some_and(|length| length > limit as u64) {
+        return Err(Failure::TooLarge { limit });
+    }
+    let mut body = Vec::new();
+    let mut chunks = Box::pin(chunks(response, limits, held));
+    while let Some(chunk) = chunks.next().await {
+        body.extend_from_slice(&chunk?);
+    }
+    Ok(body)
+}

@@ -1,0 +1,195 @@
+//! The way out: the HTTP client that every request goes through, and the egress policy that no request gets around.
+//!
+//! The policy judges the address that is connected to: a literal one before the request, the ones a name stands for
+//! in the resolver that the client connects with, so a name that changes its addresses gains nothing.
+
+use super::failure::Failure;
+use crate::domain::egress::Policy;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::{Client, Request, Response, Url};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+use url::Host;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for descriptors when the process has run out of them.
+const DESCRIPTOR_WAIT: Duration = Duration::from_millis(50);
+
+tokio::task_local! {
+    /// The port of the request that a name is resolved for.
+    static PORT: u16;
+}
+
+/// What the client goes by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Egress {
+    pub policy: Policy,
+    /// Certificates, in PEM, of authorities that are trusted besides the system's.
+    pub authorities: Vec<u8>,
+    /// Connections to one host that are kept for the next request.
+    pub max_idle: usize,
+}
+
+/// The client, which is made anew when what it goes by changes.
+pub struct Outbound {
+    current: RwLock<Arc<Current>>,
+}
+
+struct Current {
+    egress: Egress,
+    policy: Arc<Policy>,
+    client: Mutex<Client>,
+}
+
+/// A connection that the policy denies.
+#[derive(Debug)]
+pub struct Denied {
+    pub what: &'static str,
+}
+
+impl std::fmt::Display for Denied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "denied: {}", self.what)
+    }
+}
+
+impl std::error::Error for Denied {}
+
+/// Resolves names as the system does, and keeps back the addresses that the policy denies.
+struct Resolver {
+    policy: Arc<Policy>,
+}
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let policy = Arc::clone(&self.policy);
+        let port = PORT.try_with(|port| *port).ok();
+        Box::pin(async move {
+            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
+            let mut denied = None;
+            let mut allowed = Vec::with_capacity(found.len());
+            for address in found {
+                match policy.refusal(name.as_str(), port, address.ip()) {
+                    None => allowed.push(address),
+                    Some(what) => denied = Some(Denied { what }),
+                }
+            }
+            match denied {
+                Some(denied) if allowed.is_empty() => Err(denied.into()),
+                _ => Ok(Box::new(allowed.into_iter()) as Addrs),
+            }
+        })
+    }
+}
+
+/// Why a policy denies a URL whose host is an address; a name is judged when it is resolved.
+pub fn refusal(policy: &Policy, url: &Url) -> Option<&'static str> {
+    let address = match url.host()? {
+        Host::Ipv4(address) => IpAddr::V4(address),
+        Host::Ipv6(address) => IpAddr::V6(address),
+        Host::Domain(_) => return None,
+    };
+    policy.refusal(url.host_str().unwrap_or_default(), url.port_or_known_default(), address)
+}
+
+fn client(egress: &Egress, policy: &Arc<Policy>) -> Result<Client, String> {
+    // An error means that another library of the process has chosen one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let authorities = reqwest::Certificate::from_pem_bundle(&egress.authorities)
+        .map_err(|_| "the file of certificate authorities is not valid PEM")?;
+    Client::builder()
+        .user_agent(concat!("nexus_hub/", env!("CARGO_PKG_VERSION")))
+        // Followed by hand, hop by hop, and a proxy of the environment would connect where the policy does not see.
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .dns_resolver(Resolver { policy: Arc::clone(policy) })
+        .tls_certs_merge(authorities)
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_max_idle_per_host(egress.max_idle)
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .tcp_keepalive(Duration::from_secs(60))
+        .build()
+        .map_err(|problem| format!("the HTTP client cannot be made: {problem}"))
+}
+
+impl Current {
+    fn new(egress: Egress) -> Result<Self, String> {
+        let policy = Arc::new(egress.policy.clone());
+        let client = Mutex::new(client(&egress, &policy)?);
+        Ok(Self { egress, policy, client })
+    }
+
+    fn client(&self) -> Client {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets go of the connections that are kept, for the sake of their descriptors.
+    fn renew(&self) {
+        if let Ok(client) = client(&self.egress, &self.policy) {
+            *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
+        }
+    }
+}
+
+impl Outbound {
+    pub fn new(egress: Egress) -> Result<Self, String> {
+        Ok(Self { current: RwLock::new(Arc::new(Current::new(egress)?)) })
+    }
+
+    /// Goes by this from the next request on, over new connections.
+    pub fn configure(&self, egress: Egress) -> Result<(), String> {
+        if self.current().egress != egress {
+            let current = Arc::new(Current::new(egress)?);
+            *self.current.write().unwrap_or_else(PoisonError::into_inner) = current;
+        }
+        Ok(())
+    }
+
+    fn current(&self) -> Arc<Current> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Sends a request, if the policy allows it, and returns the head of the answer.
+    pub async fn send(&self, request: Request) -> Result<Response, Failure> {
+        let current = self.current();
+        let url = request.url();
+        let host = url.host_str().unwrap_or_default().to_owned();
+        let port = url.port_or_known_default().unwrap_or_default();
+        if let Some(what) = refusal(&current.policy, url) {
+            return Err(Failure::Denied { host, what });
+        }
+        loop {
+            let attempt = request.try_clone();
+            let Some(attempt) = attempt else {
+                return Err(Failure::Internal("a request's body cannot be sent twice".into()));
+            };
+            match PORT.scope(port, current.client().execute(attempt)).await {
+                // Nothing was sent. The job's own time bounds the tries.
+                Err(error) if is_out_of_descriptors(&error) => {
+                    current.renew();
+                    tokio::time::sleep(DESCRIPTOR_WAIT).await;
+                }
+                Err(error) => return Err(error.into()),
+                Ok(response) => return Ok(response),
+            }
+        }
+    }
+}
+
+/// Whether no connection came about because the process, or the system, has no descriptor left.
+fn is_out_of_descriptors(error: &reqwest::Error) -> bool {
+    if !error.is_connect() {
+        return false;
+    }
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let code = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        if matches!(code, Some(libc::EMFILE | libc::ENFILE)) {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}

@@ -1,0 +1,157 @@
+//! How a worker comes to be, and what it makes of the settings.
+
+use super::assign::Edge;
+use super::backlog::Backlog;
+use super::feed::Feed;
+use super::run::{GONE, RESTART, Worker};
+use crate::domain::breaker::Rules;
+use crate::domain::schedule::{Caps, Schedule};
+use crate::jobs::queue::Queue;
+use crate::net::outbound::{Egress, Outbound};
+use crate::net::{LimitValues, Limits, Net};
+use crate::pg::guc::{self, Executor, WorkerSettings};
+use crate::pg::shmem::{self, WorkerState};
+use crate::pg::{bgworker, catalog, transaction};
+use pgrx::prelude::*;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Instant;
+use uuid::Uuid;
+
+/// Descriptors that are not for requests: files of PostgreSQL, sessions, the way to the network thread.
+const OTHER_DESCRIPTORS: usize = 200;
+
+/// Runs the worker of a slot until it has to end, and returns its exit code.
+pub fn main(slot: usize) -> i32 {
+    let Some(database) = shmem::attach_worker(slot) else { return GONE };
+    // Before any claim: others must know that jobs under these leases are held by somebody alive.
+    let (holder, _) = Uuid::new_v4().as_u64_pair();
+    shmem::set_holder(holder);
+    let place = shmem::own_place();
+    bgworker::start(Some(database));
+    bgworker::pin_session_settings();
+    let opened = transaction::run(c"nexus_hub: starting", || {
+        // The same lock as in every later transaction: the extension can't go while its functions are looked up.
+        let Some(extension) = catalog::extension().filter(|extension| catalog::hold_extension(*extension)) else {
+            return Ok(None);
+        };
+        let open = || {
+            let queue = Queue::open((place.number, place.of))?;
+            queue.show_breakers(None)?;
+            let edge = (Queue::app_setting("edge_function_url")?, Queue::app_setting("service_role_key")?);
+            Ok::<_, pgrx::spi::SpiError>((extension, queue, Queue::database_settings()?, edge))
+        };
+        open().map(Some).map_err(|problem| problem.to_string())
+    });
+    let (extension, queue, database_settings, (edge_url, edge_key)) = match opened {
+        Ok(Some(opened)) => opened,
+        Ok(None) => {
+            shmem::set_worker_state(WorkerState::NoExtension);
+            return GONE;
+        }
+        Err(problem) => {
+            log!("nexus_hub: the worker could not start: {}", problem.message);
+            return RESTART;
+        }
+    };
+    let descriptors = bgworker::raise_descriptor_limit();
+    let settings = settings(descriptors);
+    let limits = Arc::new(Limits::new(limit_values(&settings)));
+    let started = Outbound::new(egress(&settings)).and_then(|outbound| {
+        let outbound = Arc::new(outbound);
+        let net = bgworker::with_signals_blocked(|| Net::start(Arc::clone(&limits), Arc::clone(&outbound)));
+        Ok((outbound, net.map_err(|problem| problem.to_string())?))
+    });
+    let (outbound, net) = match started {
+        Ok(started) => started,
+        Err(problem) => {
+            log!("nexus_hub: could not start the network thread: {problem}");
+            return RESTART;
+        }
+    };
+    let edge = (settings.executor == Executor::Edge).then(|| Edge::new(&edge_url, &edge_key));
+    if let Some(Err(problem)) = &edge {
+        log!("nexus_hub: {problem}");
+    }
+    // From here on commits wake this worker. What was committed before is found by the first claim.
+    shmem::set_worker_state(WorkerState::Running);
+    let now = Instant::now();
+    Worker {
+        extension,
+        database,
+        place,
+        holder,
+        leases: 0,
+        queue,
+        net,
+        outbound,
+        limits,
+        descriptors,
+        settings,
+        edge,
+        database_settings,
+        outdated: false,
+        schedule: Schedule::new(caps(&settings), rules(&settings)),
+        feed: Feed::new(now),
+        in_flight: HashMap::new(),
+        backlog: Backlog::new(now),
+        tried: HashSet::new(),
+        picks: Vec::new(),
+        breakers: Vec::new(),
+        outcomes_due: false,
+        picks_due: false,
+        looked_at: now,
+        look_due: false,
+        careful_until: None,
+        was_busy: false,
+        // At once: jobs of a worker that is gone are given back by the poll.
+        next_poll: now,
+        failures: 0,
+        not_before: None,
+    }
+    .work()
+}
+
+/// The settings, with no more requests in flight than there are descriptors for: one for each, and one for a
+/// connection that is kept for the next request.
+pub fn settings(descriptors: usize) -> WorkerSettings {
+    let mut settings = guc::worker_settings();
+    let most = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).max(1);
+    if settings.max_in_flight > most {
+        log!("nexus_hub: only {most} requests at a time: the limit of open files is {descriptors}");
+        settings.max_in_flight = most;
+    }
+    settings
+}
+
+/// What may be in flight.
+pub fn caps(settings: &WorkerSettings) -> Caps {
+    Caps { total: settings.max_in_flight, per_host: settings.max_in_flight_per_host }
+}
+
+/// When breakers open.
+pub fn rules(settings: &WorkerSettings) -> Rules {
+    Rules { threshold: settings.breaker_threshold, cooldown: settings.breaker_cooldown }
+}
+
+/// What bounds requests and answers.
+pub fn limit_values(settings: &WorkerSettings) -> LimitValues {
+    LimitValues {
+        max_in_flight: settings.max_in_flight,
+        max_response_bytes: settings.max_response_bytes,
+        response_memory: settings.response_memory,
+        max_redirects: settings.max_redirects,
+        session_idle_timeout: settings.session_idle_timeout,
+    }
+}
+
+/// What requests go by; a file that cannot be read leaves the system's authorities.
+pub fn egress(settings: &WorkerSettings) -> Egress {
+    let authorities = guc::ca_file().map_or_else(Vec::new, |path| {
+        std::fs::read(&path).unwrap_or_else(|problem| {
+            log!("nexus_hub: nexus_hub.ca_file {} cannot be read: {problem}", path.display());
+            Vec::new()
+        })
+    });
+    Egress { policy: guc::egress_policy(), authorities, max_idle: settings.max_in_flight }
+}
