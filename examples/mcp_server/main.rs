@@ -27,6 +27,7 @@ use std::error::Error;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +56,7 @@ struct Stats {
     discover: u64,
     tool_calls: u64,
     posts: u64,
+    cancelled: u64,
     idempotency_keys: VecDeque<String>,
 }
 
@@ -75,7 +77,8 @@ impl App {
                 let s = self.stats();
                 let stats = json!({
                     "initialize": s.initialize, "discover": s.discover, "tool_calls": s.tool_calls,
-                    "posts": s.posts, "idempotency_keys": s.idempotency_keys,
+                    "posts": s.posts, "idempotency_keys": s.idempotency_keys, "cancelled": s.cancelled,
+                    "asleep": offer::ASLEEP.load(SeqCst), "most_asleep": offer::MOST_ASLEEP.load(SeqCst),
                 });
                 reply(StatusCode::OK, &stats)
             }
@@ -119,6 +122,7 @@ impl App {
         match message["method"].as_str() {
             Some("initialize") => self.stats().initialize += 1,
             Some("tools/call") => self.stats().tool_calls += 1,
+            Some("notifications/cancelled") => self.stats().cancelled += 1,
             Some("server/discover") => {
                 self.stats().discover += 1;
                 if self.legacy {

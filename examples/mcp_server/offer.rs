@@ -1,6 +1,7 @@
 //! The MCP side: tools, a resource and a prompt.
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use rmcp::model::*;
@@ -106,12 +107,32 @@ fn add(a: i64, b: i64) -> CallToolResult {
     result
 }
 
+/// How many calls of `slow` are asleep, and were at most.
+pub static ASLEEP: AtomicU64 = AtomicU64::new(0);
+pub static MOST_ASLEEP: AtomicU64 = AtomicU64::new(0);
+
+struct Asleep;
+
+impl Asleep {
+    fn new() -> Self {
+        MOST_ASLEEP.fetch_max(ASLEEP.fetch_add(1, SeqCst) + 1, SeqCst);
+        Self
+    }
+}
+
+impl Drop for Asleep {
+    fn drop(&mut self) {
+        ASLEEP.fetch_sub(1, SeqCst);
+    }
+}
+
 /// Sleeps in steps and reports each to a client that asked for progress.
 async fn slow(args: &JsonObject, context: &Context) -> Answer<CallToolResult> {
     let ms = u32::try_from(int(args, "ms")?).map_err(|_| invalid("ms is out of range"))?;
     let steps = if args.contains_key("steps") { int(args, "steps")? } else { 1 };
     let steps = u32::try_from(steps).map_err(|_| invalid("steps is out of range"))?.max(1);
     let token = context.meta.get_progress_token();
+    let _asleep = Asleep::new();
     for step in 1..=steps {
         tokio::select! {
             () = tokio::time::sleep(Duration::from_millis(ms.into()) / steps) => {}

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// Reads of one transaction, while there are places for more jobs.
 const MAX_ROUNDS: usize = 8;
+/// Added to the time until a job is due, so that it is by the clock of the next transaction.
+const MARGIN: Duration = Duration::from_millis(1);
 
 /// Work that may take a twentieth of the time.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +46,12 @@ pub struct Feed {
 impl Feed {
     pub fn new(now: Instant) -> Self {
         Self { behind: Duty::new(now), ahead: Duty::new(now), due_at: None }
+    }
+
+    /// A job becomes due after this time.
+    pub fn expect(&mut self, time: Duration) {
+        let Some(at) = Instant::now().checked_add(time + MARGIN) else { return };
+        self.due_at = Some(self.due_at.map_or(at, |due| due.min(at)));
     }
 
     /// Notices that time has passed.
@@ -104,8 +112,8 @@ impl Feed {
         }
         if !schedule.is_ahead_due() {
             let due = queue.next_due()?;
-            // A moment later, so that it is due by the clock of the next transaction.
-            self.due_at = due.and_then(|time| Instant::now().checked_add(time + Duration::from_millis(1)));
+            self.due_at = None;
+            due.into_iter().for_each(|time| self.expect(time));
         }
         Ok(())
     }

@@ -207,6 +207,7 @@ impl Worker {
         let mut replaced = false;
         let mut outdated = false;
         let mut released = 0;
+        let retry = batch.iter().filter_map(|completion| completion.retry_in).min();
         let step = transaction::run(c"nexus_hub: completing and claiming jobs", || {
             if !catalog::hold_extension(extension) {
                 replaced = catalog::extension().is_some();
@@ -240,6 +241,9 @@ impl Worker {
             work().map(Some).map_err(|problem| problem.to_string())
         })?;
         let Some(done) = step else { return Ok(Step::ExtensionGone { replaced }) };
+        if let Some(time) = retry {
+            self.feed.expect(time);
+        }
         if released > 0 {
             log!("nexus_hub: gave back {released} jobs of a worker that is gone");
             shmem::wake(self.database, false);

@@ -2,6 +2,7 @@
 
 use crate::support::*;
 use serde_json::json;
+use std::io::{Read, Write};
 use std::sync::{Arc, Condvar, Mutex};
 use uuid::Uuid;
 
@@ -84,7 +85,7 @@ impl Gate {
 }
 
 #[test]
-fn a_pending_job_can_be_cancelled_and_a_running_or_finished_one_can_not() {
+fn a_job_can_be_cancelled_until_it_is_finished() {
     let cluster = Cluster::start(&["nexus_hub.max_in_flight = 1"]);
     let gate = Gate::default();
     let held = gate.clone();
@@ -109,16 +110,84 @@ fn a_pending_job_can_be_cancelled_and_a_running_or_finished_one_can_not() {
     let running = create(&mut client);
     wait_until("the first job runs", || count_jobs(&mut client, "running") == 1);
     let waiting = create(&mut client);
-    assert!(!cancel(&mut client, running), "it runs");
     assert!(cancel(&mut client, waiting), "it waits");
     assert!(!cancel(&mut client, waiting), "it is cancelled already");
     assert!(!cancel(&mut client, Uuid::nil()), "there is none");
+    let cancelled = wait_for_job(&mut client, waiting);
+    assert_eq!((cancelled.status.as_str(), cancelled.result, cancelled.error), ("cancelled", None, None));
     gate.open();
     wait_for_job(&mut client, running).completed();
     assert!(!cancel(&mut client, running), "it is finished");
-    let cancelled = wait_for_job(&mut client, waiting);
-    assert_eq!((cancelled.status.as_str(), cancelled.result, cancelled.error), ("cancelled", None, None));
     assert_eq!(server.requests().len(), 1, "a cancelled job sends nothing");
+}
+
+#[test]
+fn the_request_of_a_cancelled_job_is_broken_off_and_a_late_answer_changes_nothing() {
+    let cluster = Cluster::start(&["nexus_hub.max_in_flight = 1"]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("http://{}/", listener.local_addr().expect("an address"));
+    let database = cluster.database();
+    let mut client = database.connect();
+    // Cancelled by the function, by hand, by deleting its row, and by having it run again.
+    for statement in [
+        "SELECT cancel_job(id) FROM job_results",
+        "UPDATE job_results SET status = 'cancelled'",
+        "DELETE FROM job_results",
+        "WITH done AS (SELECT cancel_job(id) FROM job_results) SELECT count(*) FROM done;
+         UPDATE job_results SET status = 'pending', run_at = now() + interval '1 day'",
+    ] {
+        client
+            .execute("INSERT INTO job_results (job_type, params) VALUES ('http_request', $1)", &[&json!({"url": url})])
+            .expect("INSERT");
+        let (mut stream, _) = listener.accept().expect("the request");
+        wait_until("the job runs", || count_jobs(&mut client, "running") == 1);
+        client.batch_execute(statement).expect(statement);
+        let state: Option<String> = value(&mut client, "SELECT max(status) FROM job_results");
+        // The end of the stream after the request is the end of the connection.
+        let mut request = Vec::new();
+        stream.read_to_end(&mut request).expect("the request breaks off");
+        assert!(request.starts_with(b"GET / HTTP/1.1"));
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+        // With one place for a request, another job shows that the worker has gone on.
+        let other = FakeServer::start(|_| Some(Answer::json("{}")));
+        run_http(&mut client, json!({"url": other.url})).completed();
+        client.batch_execute("DELETE FROM job_results WHERE status = 'completed'").expect("DELETE");
+        assert_eq!(value::<Option<String>>(&mut client, "SELECT max(status) FROM job_results"), state, "{statement}");
+        client.batch_execute("DELETE FROM job_results").expect("DELETE");
+    }
+}
+
+#[test]
+fn the_server_of_a_cancelled_mcp_call_is_told() {
+    let server = McpServer::start(&["--legacy"]);
+    let database = shared().database();
+    let mut client = database.connect();
+    add_server(&mut client, "demo", server.config());
+    let job = create_job(&mut client, "tool_invoke", "demo", Some("slow"), json!({"ms": 60_000}));
+    wait_until("the call is under way", || server.stats()["tool_calls"] == 1);
+    assert!(value::<bool>(&mut client, &format!("SELECT cancel_job('{job}')")));
+    assert_eq!(wait_for_job(&mut client, job).status, "cancelled");
+    wait_until("the server was told", || server.stats()["cancelled"] == 1);
+    // The session goes on.
+    run_job(&mut client, "tool_invoke", "demo", Some("add"), json!({"a": 1, "b": 2})).completed();
+}
+
+#[test]
+fn the_same_idempotency_key_makes_one_job_even_side_by_side() {
+    let database = shared().database();
+    let mut first = database.connect();
+    let create = "SELECT create_job(NULL, 'http_request', NULL, p_params => '{\"url\": \"http://127.0.0.1:1/\"}',
+                         p_run_at => now() + interval '1 day', p_idempotency_key => 'invoice 7')";
+    first.batch_execute("BEGIN").expect("BEGIN");
+    let job: Uuid = value(&mut first, create);
+    let mut second = database.connect();
+    let pid: i32 = value(&mut second, "SELECT pg_backend_pid()");
+    let waiting = std::thread::spawn(move || value::<Uuid>(&mut second, create));
+    let waits = format!("SELECT count(*) = 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event_type = 'Lock'");
+    wait_until("the second waits for the first", || value::<bool>(&mut first, &waits));
+    first.batch_execute("COMMIT").expect("COMMIT");
+    assert_eq!(waiting.join().expect("no panic"), job);
+    assert_eq!(count_jobs(&mut first, "pending"), 1);
 }
 
 #[test]

@@ -1,12 +1,18 @@
 //! Black-box tests: real clusters, real commits, real kills. `make test` installs what they need.
 
 mod architecture;
+mod edge;
+mod egress;
+mod hostile;
 mod http;
 mod install;
 mod job_errors;
 mod jobs;
+mod lanes;
 mod mcp;
+mod retries;
 mod sql_suites;
+mod storm;
 mod support;
 mod vault;
 mod worker;

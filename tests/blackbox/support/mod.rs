@@ -4,7 +4,7 @@ mod cluster;
 mod server;
 
 pub use cluster::{Cluster, Database, shared};
-pub use server::{Answer, EverythingServer, FakeServer, McpServer};
+pub use server::{Answer, EverythingServer, FakeServer, McpServer, RawServer, read_request};
 
 use postgres::Client;
 use serde_json::Value;
@@ -84,7 +84,10 @@ pub fn run_job(client: &mut Client, job_type: &str, server: &str, tool: Option<&
 /// Runs a plain HTTP job, with a single attempt.
 pub fn run_http(client: &mut Client, params: Value) -> Job {
     let job = client
-        .query_one("INSERT INTO job_results (job_type, params, max_attempts) VALUES ('http_request', $1, 1) RETURNING id", &[&params])
+        .query_one(
+            "INSERT INTO job_results (job_type, params, max_attempts) VALUES ('http_request', $1, 1) RETURNING id",
+            &[&params],
+        )
         .expect("a plain INSERT is enough")
         .get(0);
     wait_for_job(client, job)

@@ -5,6 +5,7 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -121,7 +122,12 @@ pub struct FakeServer {
 
 impl FakeServer {
     pub fn start(answer: impl Fn(&str) -> Option<Answer> + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        Self::start_at("127.0.0.1:0", answer)
+    }
+
+    /// Starts one at an address of the test's choice.
+    pub fn start_at(address: &str, answer: impl Fn(&str) -> Option<Answer> + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(address).expect("a free port");
         let url = format!("http://{}/", listener.local_addr().expect("an address"));
         let requests = Arc::new(Mutex::new(Vec::new()));
         let (seen, answer) = (Arc::clone(&requests), Arc::new(answer));
@@ -157,7 +163,8 @@ fn serve(mut stream: TcpStream, seen: &Mutex<Vec<String>>, answer: &(impl Fn(&st
     }
 }
 
-fn read_request(stream: &mut TcpStream) -> Option<String> {
+/// Reads one request, head and body; `None` when the other side has closed.
+pub fn read_request(stream: &mut TcpStream) -> Option<String> {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -177,5 +184,38 @@ fn read_request(stream: &mut TcpStream) -> Option<String> {
             Ok(length) if length > 0 => bytes.extend_from_slice(&chunk[..length]),
             _ => return None,
         }
+    }
+}
+
+/// A server that hands each connection to a closure, to misbehave on. A connection is closed when the closure returns.
+pub struct RawServer {
+    pub url: String,
+    connections: Arc<AtomicUsize>,
+}
+
+impl RawServer {
+    pub fn start(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let url = format!("http://{}/", listener.local_addr().expect("an address"));
+        let connections = Arc::new(AtomicUsize::new(0));
+        let (count, serve) = (Arc::clone(&connections), Arc::new(serve));
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                count.fetch_add(1, Ordering::SeqCst);
+                let serve = Arc::clone(&serve);
+                std::thread::spawn(move || {
+                    let _ = stream.set_nodelay(true);
+                    let _ = stream.set_read_timeout(Some(Duration::from_secs(60)));
+                    let _ = stream.set_write_timeout(Some(Duration::from_secs(60)));
+                    serve(stream);
+                });
+            }
+        });
+        Self { url, connections }
+    }
+
+    /// How many connections there have been.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 }
