@@ -33,7 +33,6 @@ BEGIN
             _nexus_hub.await_job(uuid, integer),
             _nexus_hub.check_job_options(integer, timestamptz, integer, integer, text, boolean),
             _nexus_hub.job_of_key(uuid, text),
-            _nexus_hub.url_authority(text),
             _nexus_hub.cancel_unfinished_job(uuid),
             _nexus_hub.retry_finished_jobs(uuid[])
             TO ' || grantee;
@@ -109,8 +108,10 @@ BEGIN
 END
 $$;
 
--- Meant for everybody: policies and column defaults run these as whoever touches the tables, and they tell nothing.
-GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_role(), _nexus_hub.uuid_v7() TO PUBLIC;
+-- Meant for everybody: policies, column defaults and generated columns run these as whoever touches the tables, and
+-- they tell nothing.
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_role(), _nexus_hub.uuid_v7(), _nexus_hub.url_authority(text)
+   TO PUBLIC;
 
 SELECT _nexus_hub.grant_api();
 

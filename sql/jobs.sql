@@ -149,7 +149,11 @@ END
 $$;
 COMMENT ON FUNCTION _nexus_hub.settle_job() IS 'Trigger: makes times, lease, attempts and result follow a status that was set by hand.';
 
--- The condition spares the worker's own updates, which are settled already, the call.
+-- The conditions spare the worker's own updates, which are settled already, the call.
+CREATE TRIGGER job_results_settle_again BEFORE UPDATE OF status ON @extschema@.job_results
+    FOR EACH ROW
+    WHEN (NEW.status = 'pending' AND OLD.status IN ('completed', 'failed', 'cancelled'))
+    EXECUTE FUNCTION _nexus_hub.settle_job();
 CREATE TRIGGER job_results_settle BEFORE INSERT OR UPDATE ON @extschema@.job_results
     FOR EACH ROW
     WHEN ((NEW.status IN ('completed', 'failed', 'cancelled')) <> (NEW.completed_at IS NOT NULL)
@@ -368,9 +372,14 @@ RETURNS uuid
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    -- As text, or a JSON string would be sent without its quotes; a Content-Type that is given wins.
+    -- As text, or a JSON string would be sent without its quotes.
     SELECT @extschema@.http_request('POST', http_post.url, http_post.body::text,
-        jsonb_build_object('Content-Type', 'application/json') || coalesce(http_post.headers, '{}'), http_post.timeout_ms,
+        CASE
+            WHEN jsonb_path_exists(http_post.headers, '$.keyvalue() ? (@.key like_regex "^content-type$" flag "i")', silent => true)
+              OR jsonb_typeof(http_post.headers) NOT IN ('object', 'null') OR http_post.body IS NULL THEN http_post.headers
+            ELSE jsonb_build_object('Content-Type', 'application/json') || coalesce(nullif(http_post.headers, 'null'), '{}')
+        END,
+        http_post.timeout_ms,
         http_post.priority, http_post.run_at, http_post.max_attempts, http_post.idempotency_key);
 END;
 COMMENT ON FUNCTION @extschema@.http_post(text, jsonb, jsonb, integer, integer, timestamptz, integer, text) IS
@@ -554,15 +563,14 @@ AS $$
 BEGIN
     -- Locking each row first costs as much as claiming it: done only when somebody was in the way.
     IF p_careful THEN
-        p_ids := ARRAY(SELECT p.id FROM _nexus_hub.job_results p
-                        WHERE p.id = ANY (p_ids) AND p.status = 'pending'
-                          FOR UPDATE SKIP LOCKED);
+        p_ids := ARRAY(SELECT p.id FROM _nexus_hub.job_results p WHERE p.id = ANY (p_ids) FOR UPDATE SKIP LOCKED);
     END IF;
     RETURN QUERY
     WITH claimed AS (
         UPDATE _nexus_hub.job_results j
            SET status = 'running', started_at = clock_timestamp(), lease = p_lease, attempt = j.attempt + 1
-         WHERE j.id = ANY (p_ids) AND j.status = 'pending'
+         -- Not status = 'pending': that would let a plan that was made when few jobs were pending read all of them.
+         WHERE j.id = ANY (p_ids) AND j.status || '' = 'pending' AND j.run_at <= clock_timestamp()
         RETURNING j.id, j.user_id, j.job_type, j.server_id, j.tool_name, j.params, j.timeout_ms,
                   j.attempt - j.crashes AS attempts, j.max_attempts)
     SELECT c.id, c.user_id, c.job_type, c.server_id, c.tool_name, c.params::text, c.timeout_ms, c.attempts, c.max_attempts,
@@ -573,7 +581,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, uuid[], boolean) IS
-    'Takes those of the jobs p_ids that are still pending, under the lease p_lease, together with their server''s config. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
+    'Takes those of the jobs p_ids that are still pending and due, under the lease p_lease, together with their server''s config. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
 
 CREATE FUNCTION _nexus_hub.lost_jobs(p_ids uuid[], p_leases uuid[]) RETURNS SETOF uuid
 LANGUAGE sql STABLE
@@ -689,7 +697,7 @@ BEGIN
                format('set aside: the worker crashed %s times while this job was in flight (nexus_hub.max_crashes)', j.crashes + 1) END,
            completed_at = CASE WHEN h.is_poison THEN clock_timestamp() END,
            started_at = CASE WHEN h.is_poison THEN j.started_at END,
-           attempt = j.attempt - (p_max_crashes IS NULL)::integer,
+           attempt = greatest(j.attempt - (p_max_crashes IS NULL)::integer, 0),
            crashes = j.crashes + (p_max_crashes IS NOT NULL)::integer,
            lease = NULL
       FROM held h

@@ -24,6 +24,8 @@ CREATE TEMP TABLE made AS SELECT pg_temp.new_job() AS id;
 SELECT results_eq('SELECT j.params, status, result, error, created_at = now(), started_at, completed_at, lease FROM job_results j JOIN made USING (id)',
                   $$VALUES ('{}'::jsonb, 'pending', NULL::jsonb, NULL::text, true, NULL::timestamptz, NULL::timestamptz, NULL::uuid)$$,
                   'a new job is pending, and has nothing that only a worker gives it');
+SELECT results_eq('SELECT priority, run_at = now(), timeout_ms, max_attempts, attempt, crashes, idempotency_key FROM job_results JOIN made USING (id)',
+                  'VALUES (5::smallint, true, NULL::integer, NULL::integer, 0, 0, NULL::text)', 'it is due at once, with the options that are usual');
 SELECT create_job(NULL, 'tool_invoke', 's', 'of nobody', NULL);
 SELECT results_eq($$SELECT user_id, params FROM job_results WHERE tool_name = 'of nobody'$$, $$VALUES (NULL::uuid, '{}'::jsonb)$$,
                   'a job may be nobody''s, and NULL arguments are none');
@@ -60,10 +62,10 @@ SELECT is(pg_temp.error_of(format('SELECT create_job(NULL, %s)', arguments)), fo
 SELECT is(left(pg_temp.error_of(format('SELECT create_job(NULL, %s)', arguments)), 7), '22023: ', format('create_job refuses %s, which could not run', arguments))
   FROM (VALUES ($$'resource_fetch', 's', NULL, '{"uri": 5}'$$), ($$'http_request', NULL, NULL, '{"url": {}}'$$)) AS t (arguments);
 
--- ── What the table refuses ──
+-- ── What the tables refuse ──
 
--- The trigger would mend most of these; the constraints must hold without it.
-ALTER TABLE job_results DISABLE TRIGGER job_results_settle;
+-- The triggers would mend most of these; the constraints must hold without them.
+ALTER TABLE job_results DISABLE TRIGGER USER;
 CREATE TEMP TABLE impossible (name text, fields text, value text);
 INSERT INTO impossible VALUES
     ('job_results_job_type_known', 'job_type, server_id', $$'dance', 's'$$),
@@ -91,17 +93,80 @@ INSERT INTO impossible VALUES
     ('job_results_result_when_finished', 'job_type, server_id, tool_name, error', $$'tool_invoke', 's', 't', 'oops'$$),
     ('job_results_result_when_finished', 'job_type, server_id, tool_name, status, started_at, result', $$'tool_invoke', 's', 't', 'running', now(), '{}'$$),
     ('job_results_result_when_finished', 'job_type, server_id, tool_name, status, started_at, error', $$'tool_invoke', 's', 't', 'running', now(), 'oops'$$);
+-- Those of a single column.
+INSERT INTO impossible
+    SELECT name, 'job_type, server_id, tool_name, ' || field, $$'tool_invoke', 's', 't', $$ || value
+      FROM (VALUES
+        ('job_results_priority_range', 'priority', '0'),
+        ('job_results_priority_range', 'priority', '10'),
+        ('job_results_priority_range', 'priority', '-1'),
+        ('job_results_run_at_finite', 'run_at', $$'infinity'$$),
+        ('job_results_run_at_finite', 'run_at', $$'-infinity'$$),
+        ('job_results_timeout_range', 'timeout_ms', '0'),
+        ('job_results_timeout_range', 'timeout_ms', '3600001'),
+        ('job_results_max_attempts_range', 'max_attempts', '0'),
+        ('job_results_max_attempts_range', 'max_attempts', '101'),
+        ('job_results_attempt_range', 'attempt', '-1'),
+        ('job_results_crashes_range', 'crashes', '-1'),
+        ('job_results_idempotency_key_length', 'idempotency_key', $$''$$),
+        ('job_results_idempotency_key_length', 'idempotency_key', $$repeat('ü', 256)$$)) AS t (name, field, value);
 SELECT throws_ok(format('INSERT INTO job_results (%s) VALUES (%s)', fields, value), '23514',
                  format('new row for relation "job_results" violates check constraint "%s"', name),
                  format('%s refuses (%s) = (%s)', name, fields, value))
   FROM impossible;
-SELECT set_eq($$SELECT conname::text FROM pg_constraint WHERE contype = 'c' AND conrelid = 'job_results'::regclass$$, 'SELECT name FROM impossible',
-              'every CHECK of job_results is tested');
+SELECT throws_ok(format('INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES (''h:80'', 0, %L, 5, now(), ''e'')', state), '23514',
+                 'new row for relation "circuit_breakers" violates check constraint "circuit_breakers_state_known"',
+                 format('circuit_breakers_state_known refuses %s', state))
+  FROM unnest(ARRAY['closed', '', 'Open', 'half_open']) AS state;
+SELECT set_eq($$SELECT conname::text FROM pg_constraint
+                 WHERE contype = 'c' AND conrelid IN ('job_results'::regclass, 'job_attempts'::regclass, 'circuit_breakers'::regclass)$$,
+              $$SELECT name FROM impossible UNION ALL VALUES ('circuit_breakers_state_known')$$, 'every CHECK of the job tables is tested');
+SELECT lives_ok(format($$INSERT INTO job_results (job_type, server_id, tool_name, %I) VALUES ('tool_invoke', 's', 't', %s)$$, field, value),
+                format('a job''s %s may be %s', field, left(value, 20)))
+  FROM (VALUES ('priority', '1'), ('priority', '9'), ('run_at', $$'4713-01-01 BC'$$), ('run_at', $$'294276-12-31'$$),
+               ('timeout_ms', '1'), ('timeout_ms', '3600000'), ('timeout_ms', 'NULL'),
+               ('max_attempts', '1'), ('max_attempts', '100'), ('max_attempts', 'NULL'),
+               ('idempotency_key', $$'x'$$), ('idempotency_key', $$repeat('ü', 255)$$), ('idempotency_key', 'NULL')) AS t (field, value);
 SELECT throws_ok(format('INSERT INTO job_results (job_type, server_id, tool_name, %I) VALUES (''tool_invoke'', ''s'', ''t'', NULL)', needed), '23502', NULL,
                  format('job_results.%s is never NULL', needed))
-  FROM unnest(ARRAY['id', 'params', 'status', 'created_at']) AS needed;
+  FROM unnest(ARRAY['id', 'params', 'status', 'created_at', 'priority', 'run_at', 'attempt', 'crashes']) AS needed;
 SELECT throws_ok('INSERT INTO job_results (server_id, tool_name) VALUES (''s'', ''t'')', '23502', NULL, 'job_results.job_type is never NULL');
-ALTER TABLE job_results ENABLE TRIGGER job_results_settle;
+SELECT throws_ok('INSERT INTO job_attempts (job_id, attempt, started_at, error) VALUES (gen_random_uuid(), 1, now(), ''e'')', '23503', NULL,
+                 'there is no attempt of a job that is not there');
+SELECT throws_ok(format('INSERT INTO job_attempts SELECT (jsonb_populate_record((gen_random_uuid(), id, 1, now(), now(), 500, ''e'')::job_attempts, ''{"%s": null}'')).* FROM made', needed),
+                 '23502', NULL, format('job_attempts.%s is never NULL', needed))
+  FROM unnest(ARRAY['id', 'job_id', 'attempt', 'started_at', 'finished_at', 'error']) AS needed;
+SELECT throws_ok(format('INSERT INTO circuit_breakers SELECT (jsonb_populate_record((''h:80'', 0, ''open'', 5, now(), now(), ''e'')::circuit_breakers, ''{"%s": null}'')).*', needed),
+                 '23502', NULL, format('circuit_breakers.%s is never NULL', needed))
+  FROM unnest(ARRAY['host', 'worker', 'state', 'failures', 'opened_at', 'probe_at', 'error']) AS needed;
+ALTER TABLE job_results ENABLE TRIGGER USER;
+
+-- ── Where a job goes ──
+
+CREATE TEMP TABLE targets (url text, target text);
+INSERT INTO targets VALUES
+    ('http://host/', 'host:80'), ('https://host', 'host:443'), ('http://host:8080/x?y#z', 'host:8080'), ('https://host:80/', 'host:80'),
+    ('https://host:443/', 'host:443'), ('HTTP://HOST/', 'host:80'), (' http://host/ ', 'host:80'), ('http://user:pw@host/', 'host:80'),
+    ('http://host./', 'host.:80'), ('http:\\host\x', 'host:80'), ('http://ho%73t/', 'host:80'), (E'http://ho\tst/', 'host:80'),
+    ('http://bücher.example/', 'xn--bcher-kva.example:80'),
+    ('http://127.0.0.1/', '127.0.0.1:80'), ('http://2130706433/', '127.0.0.1:80'), ('http://0x7f000001/', '127.0.0.1:80'), ('http://0x7f.1/', '127.0.0.1:80'),
+    ('http://017700000001/', '127.0.0.1:80'), ('http://①②⑦.0.0.1/', '127.0.0.1:80'), ('http://[::1]/', '[::1]:80'), ('https://[0:0::1]:8443/', '[::1]:8443'),
+    ('http://[::ffff:127.0.0.1]/', '[::ffff:7f00:1]:80'),
+    ('', ''), ('nonsense', ''), ('/x', ''), ('http://', ''), ('ftp://host/', ''), ('file:///etc/passwd', ''), ('http://host:65536/', ''), ('http://256.1.1.1/', '');
+INSERT INTO job_results (job_type, params) SELECT 'http_request', jsonb_build_object('url', url) FROM targets;
+SELECT is(j.target, t.target, format('the target of %L is %L', t.url, t.target)) FROM targets t JOIN job_results j ON j.params ->> 'url' = t.url;
+INSERT INTO job_results (job_type, server_id, tool_name, params) VALUES
+    ('http_request', 'a server', 'no string', '{"url": 5}'), ('http_request', 'a server', 'with a server_id', '{"url": "http://host"}'),
+    ('tool_invoke', 'a server', 'with a url', '{"url": "http://host"}'), ('prompt_execute', 'a server', 'prompt', '{}'),
+    ('resource_fetch', 'a server', 'resource', '{"uri": "http://host"}');
+SELECT set_eq($$SELECT tool_name, target FROM job_results WHERE server_id = 'a server'$$,
+              $$VALUES ('no string', ''), ('with a server_id', 'host:80'), ('with a url', 'a server'), ('prompt', 'a server'), ('resource', 'a server')$$,
+              'an http_request''s target is in its URL, an MCP job''s is its server_id');
+UPDATE job_results SET params = '{"url": "https://other"}' WHERE tool_name = 'with a server_id';
+UPDATE job_results SET server_id = 'another' WHERE tool_name = 'with a url';
+SELECT set_eq($$SELECT target FROM job_results WHERE tool_name IN ('with a server_id', 'with a url')$$, $$VALUES ('other:443'), ('another')$$, 'the target follows what it is made of');
+SELECT throws_ok($$INSERT INTO job_results (job_type, server_id, tool_name, target) VALUES ('tool_invoke', 's', 't', 's')$$, '428C9', NULL, 'the target cannot be inserted');
+SELECT throws_ok($$UPDATE job_results SET target = 's'$$, '428C9', NULL, 'nor updated');
 
 -- ── A status set by hand ──
 
@@ -126,15 +191,42 @@ SELECT is((SELECT completed_at FROM job_results JOIN made USING (id)), '2000-01-
 SELECT is(pg_temp.becomes('cancelled')::text, '(cancelled,t,t,f,f)', 'from one end to another: started_at stays');
 SELECT throws_ok($$SELECT pg_temp.becomes('paused')$$, '23514', NULL, 'an unknown status is refused');
 
+-- ── Attempts and crashes, when a status is set by hand ──
+
+CREATE FUNCTION pg_temp.counts_after(assignments text, OUT attempt integer, OUT crashes integer) LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('UPDATE job_results SET %s WHERE id = (SELECT id FROM made) RETURNING attempt, crashes', assignments) INTO attempt, crashes;
+END
+$$;
+CREATE FUNCTION pg_temp.ended(state text) RETURNS text LANGUAGE sql
+AS $$ SELECT pg_temp.counts_after(format('status = %L, attempt = 3, crashes = 2', state))::text $$;
+SELECT is(pg_temp.ended(state) || pg_temp.counts_after('status = ''pending''')::text, '(3,2)(0,0)', format('a %s job that is set to pending begins anew', state))
+  FROM unnest(ARRAY['completed', 'failed', 'cancelled']) AS state;
+SELECT is(pg_temp.ended(state) || pg_temp.counts_after('status = ''pending'', started_at = NULL, completed_at = NULL, result = NULL, error = NULL')::text,
+          '(3,2)(0,0)', format('a %s job does so, too, when the rest is set along with the status', state))
+  FROM unnest(ARRAY['completed', 'failed', 'cancelled']) AS state;
+SELECT pg_temp.ended('pending');
+SELECT is(pg_temp.counts_after('status = ''running''')::text, '(3,2)', 'a job that waits for another attempt keeps its count when it is started');
+SELECT is(pg_temp.counts_after('status = ''pending''')::text, '(3,2)', 'and when it is given back');
+SELECT is(pg_temp.counts_after('run_at = now() + ''1 hour''')::text, '(3,2)', 'and when it is put off');
+SELECT is(pg_temp.counts_after('status = ''failed''')::text, '(3,2)', 'and when it fails');
+INSERT INTO job_results (job_type, server_id, tool_name, attempt, crashes, error, started_at) VALUES ('tool_invoke', 's', 'imported', 3, 2, NULL, now());
+SELECT results_eq($$SELECT attempt, crashes, started_at FROM job_results WHERE tool_name = 'imported'$$, 'VALUES (3, 2, NULL::timestamptz)',
+                  'a row that is inserted keeps the count it has');
+
 -- ── cancel_job, get_job_status ──
 
 SELECT pg_temp.becomes('pending');
 SELECT is(cancel_job(id), true, 'a pending job can be cancelled') FROM made;
 SELECT pg_temp.becomes('running');
-SELECT is(cancel_job(id), false, 'a running job cannot') FROM made;
-SELECT is(pg_temp.becomes('running')::text, '(running,t,f,f,f)', 'and runs on');
-SELECT pg_temp.becomes('completed');
-SELECT is(cancel_job(id), false, 'a completed job cannot') FROM made;
+UPDATE job_results SET lease = gen_random_uuid(), attempt = 2 WHERE id = (SELECT id FROM made);
+SELECT is(cancel_job(id), true, 'a running job can') FROM made;
+SELECT results_eq('SELECT status, lease, started_at IS NOT NULL, completed_at >= now(), result, error, attempt FROM job_results JOIN made USING (id)',
+                  $$VALUES ('cancelled', NULL::uuid, true, true, NULL::jsonb, NULL::text, 2)$$, 'and nobody''s lease is on it any more');
+SELECT is((pg_temp.becomes(state)).status || ', ' || cancel_job(id), state || ', false', format('a %s job cannot', state))
+  FROM made, unnest(ARRAY['completed', 'failed', 'cancelled']) AS state;
+SELECT is(cancel_job(gen_random_uuid()), false, 'nor can one that is not there');
+SELECT is(cancel_job(NULL), false, 'nor NULL');
 SELECT results_eq('SELECT g.* FROM made, get_job_status(id) AS g',
                   'SELECT id, job_type, server_id, tool_name, status, result, error, created_at, started_at, completed_at FROM job_results JOIN made USING (id)',
                   'get_job_status is the job''s row');

@@ -15,15 +15,19 @@ $$;
 CREATE FUNCTION pg_temp.works_in(schema text) RETURNS boolean LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     a uuid := 'aaaaaaaa-0000-4000-8000-000000000001';
-    server uuid; job uuid; state text; url text;
+    server uuid; job uuid; state text; url text; target text;
 BEGIN
     EXECUTE format($q$SELECT %I.add_server('s', 'S', '{"url": "https://host/mcp"}', $1)$q$, schema) INTO server USING a;
     EXECUTE format($q$SELECT %1$I.decrypt_config(config_encrypted) ->> 'url' FROM %1$I.user_servers WHERE id = $1$q$, schema) INTO url USING server;
     EXECUTE format($q$SELECT %I.create_job($1, 'tool_invoke', 's', 't')$q$, schema) INTO job USING a;
     EXECUTE format($q$SELECT %1$I.execute_job_via_pg_net($1), %1$I.cancel_job($1)$q$, schema) USING job;
     EXECUTE format('SELECT status FROM %I.get_job_status($1)', schema) INTO state USING job;
+    EXECUTE format('SELECT %I.retry_job($1)', schema) USING job;
+    EXECUTE format('SELECT %1$I.retry_failed_jobs(), (SELECT count(*) FROM %1$I.get_job_attempts($1))', schema) USING job;
+    EXECUTE format($q$SELECT %1$I.http_get('http://host/'), %1$I.http_post('http://host/')$q$, schema);
+    EXECUTE format($q$SELECT target FROM %I.job_results WHERE status = 'pending' AND job_type = 'http_request' LIMIT 1$q$, schema) INTO target;
     EXECUTE format('SELECT %I.delete_server($1)', schema) USING server;
-    RETURN url = 'https://host/mcp' AND state = 'cancelled';
+    RETURN url = 'https://host/mcp' AND state = 'cancelled' AND target = 'host:80';
 END
 $$;
 -- Every right and policy, in words.
@@ -32,13 +36,13 @@ CREATE FUNCTION pg_temp.grants() RETURNS SETOF text LANGUAGE sql AS $$
       FROM (SELECT p.oid::regprocedure::text, p.proacl, p.proowner FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid
                 JOIN pg_extension e ON d.refobjid = e.oid AND e.extname = 'nexus_hub'
             UNION ALL
-            SELECT c.relname, c.relacl, c.relowner FROM pg_class c WHERE c.relname IN ('job_results', 'user_servers', 'system_servers')
+            SELECT c.relname, c.relacl, c.relowner FROM pg_class c WHERE c.relname IN ('job_results', 'job_attempts', 'circuit_breakers', 'user_servers', 'system_servers')
             UNION ALL
             SELECT c.relname || '.' || t.attname, t.attacl, c.relowner FROM pg_class c JOIN pg_attribute t ON t.attrelid = c.oid
-             WHERE c.relname IN ('job_results', 'user_servers', 'system_servers')) AS o (name, acl, owner), aclexplode(o.acl) AS a
+             WHERE c.relname IN ('job_results', 'job_attempts', 'circuit_breakers', 'user_servers', 'system_servers')) AS o (name, acl, owner), aclexplode(o.acl) AS a
      WHERE a.grantee NOT IN (0, o.owner)
     UNION ALL
-    SELECT format('policy %s %s', policyname, roles) FROM pg_policies WHERE tablename IN ('job_results', 'user_servers', 'system_servers')
+    SELECT format('policy %s %s', policyname, roles) FROM pg_policies WHERE tablename IN ('job_results', 'job_attempts', 'circuit_breakers', 'user_servers', 'system_servers')
 $$;
 CREATE TEMP TABLE at_install AS SELECT pg_temp.grants() AS line;
 
@@ -47,7 +51,7 @@ SELECT throws_ok('ALTER EXTENSION nexus_hub SET SCHEMA pg_temp', '0A000', NULL, 
 
 DROP EXTENSION nexus_hub;
 SELECT is_empty($$SELECT nspname FROM pg_namespace WHERE nspname = '_nexus_hub'
-                  UNION ALL SELECT relname FROM pg_class WHERE relname ~ '^(system_servers|user_servers|job_results)'
+                  UNION ALL SELECT relname FROM pg_class WHERE relname ~ '^(system_servers|user_servers|job_results|job_attempts|circuit_breakers)'
                   UNION ALL SELECT proname FROM pg_proc WHERE probin LIKE '%nexus_hub%'$$,
                 'DROP EXTENSION leaves nothing behind');
 

@@ -26,7 +26,8 @@ CREATE TEMP VIEW extension_function AS
       JOIN pg_namespace n ON n.oid = p.pronamespace
      WHERE e.extname = 'nexus_hub';
 CREATE TEMP VIEW extension_table AS
-    SELECT c.oid, n.nspname, c.relname, format('%I.%I', n.nspname, c.relname) AS name
+    SELECT c.oid, n.nspname, c.relname, format('%I.%I', n.nspname, c.relname) AS name,
+           (SELECT a.attname FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum = 1) AS first_column
       FROM pg_extension e
       JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
       JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
@@ -61,9 +62,20 @@ SELECT is_empty(
 -- Trigger functions need no exception: EXECUTE is asked for when a trigger is made, not when it fires.
 SELECT set_eq(
     $$SELECT object, privilege_type FROM granted WHERE grantee = 'PUBLIC'$$,
-    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.is_service_role()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE')$$,
-    'PUBLIC may execute what policies and defaults call, and nothing else');
+    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.is_service_role()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE'), ('_nexus_hub.url_authority(text)', 'EXECUTE')$$,
+    'PUBLIC may execute what policies, defaults and generated columns call, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
+SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub'$$,
+                'the views in _nexus_hub are granted to nobody');
+-- What the public functions call with the caller's rights. All else in _nexus_hub is for the worker.
+SELECT set_eq(
+    $$SELECT f.proname::text, g.grantee FROM granted g JOIN extension_function f ON g.object = f.oid::regprocedure::text
+       WHERE f.nspname = '_nexus_hub' AND g.grantee <> 'PUBLIC' AND f.proname <> 'url_authority'$$,
+    $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key',
+                                             'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
+                                unnest(ARRAY['authenticated', 'service_role']) AS grantee
+      UNION ALL VALUES ('decrypt_json', 'service_role')$$,
+    'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──
 
@@ -71,9 +83,9 @@ SELECT is_empty($$SELECT * FROM granted WHERE grantee = 'anon'$$, 'anon has been
 SELECT pg_temp.as_role('anon');
 SELECT throws_ok(call, '42501', NULL, format('anon cannot call %s.%s', CASE nspname WHEN '_nexus_hub' THEN nspname ELSE 'public' END, proname))
   FROM extension_function WHERE proname <> 'nexus_hub_uid' ORDER BY nspname, proname;
-SELECT throws_ok(format(statement, name), '42501', NULL, format('anon cannot %s %s', split_part(statement, ' ', 1), relname))
+SELECT throws_ok(format(statement, name, first_column), '42501', NULL, format('anon cannot %s %s', split_part(statement, ' ', 1), relname))
   FROM extension_table,
-       unnest(ARRAY['SELECT FROM %s', 'INSERT INTO %s DEFAULT VALUES', 'UPDATE %s SET id = id', 'DELETE FROM %s', 'TRUNCATE %s']) AS statement
+       unnest(ARRAY['SELECT FROM %s', 'INSERT INTO %s DEFAULT VALUES', 'UPDATE %1$s SET %2$I = %2$I', 'DELETE FROM %s', 'TRUNCATE %s']) AS statement
  ORDER BY relname, statement;
 SELECT lives_ok(format('SELECT %I.nexus_hub_uid()', :'schema'), 'anon can call nexus_hub_uid');
 RESET ROLE;
@@ -84,16 +96,15 @@ SELECT set_eq(
     format($$SELECT t.relname::text, privilege, string_agg(a.attname, ' ' ORDER BY a.attname::text COLLATE "C")
         FROM extension_table t JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped,
              unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS privilege
-       WHERE t.nspname = %L AND t.relname IN ('user_servers', 'system_servers', 'job_results')
-         AND has_column_privilege('authenticated', t.oid, a.attnum, privilege)
-         AND (t.relname, privilege) <> ('job_results', 'SELECT')
+       WHERE t.nspname = %L          AND has_column_privilege('authenticated', t.oid, a.attnum, privilege)
+         AND (t.relname, privilege) NOT IN (('job_results', 'SELECT'), ('job_attempts', 'SELECT'))
        GROUP BY 1, 2$$, :'schema'),
     $$VALUES
     ('user_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute server_id transport updated_at user_id'),
     ('user_servers', 'INSERT', 'config_encrypted enabled name server_id transport user_id'),
     ('user_servers', 'UPDATE', 'config_encrypted enabled name updated_at'),
     ('system_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute ref_id'),
-    ('job_results', 'INSERT', 'job_type params server_id status tool_name user_id')$$,
+    ('job_results', 'INSERT', 'idempotency_key job_type max_attempts params priority run_at server_id status timeout_ms tool_name user_id')$$,
     'authenticated reads no config, and writes no column that is not a user''s to write');
 SELECT is_empty(
     $$SELECT name, privilege FROM extension_table, unnest(ARRAY['TRUNCATE', 'REFERENCES', 'TRIGGER', 'DELETE']) AS privilege
@@ -102,7 +113,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
@@ -121,11 +132,22 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', st
     'UPDATE job_results SET result = ''{}''',
     'DELETE FROM job_results',
     'TRUNCATE job_results',
+    'UPDATE job_results SET priority = 9',
+    'UPDATE job_results SET run_at = now()',
+    'UPDATE job_results SET attempt = 0',
+    'INSERT INTO job_attempts (job_id, attempt, started_at, error) VALUES (gen_random_uuid(), 1, now(), ''e'')',
+    'UPDATE job_attempts SET error = ''e''',
+    'DELETE FROM job_attempts',
+    'TRUNCATE job_attempts',
+    'SELECT FROM circuit_breakers',
+    'INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES (''h:80'', 0, ''open'', 5, now(), ''e'')',
+    'UPDATE circuit_breakers SET state = ''open''',
+    'DELETE FROM circuit_breakers',
     'SHOW nexus_hub.vault_key_file']) AS statement;
 SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
                          VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
                  '42501', NULL, format('authenticated cannot insert a job''s %s', forbidden))
-  FROM unnest(ARRAY['id', 'result', 'error', 'created_at', 'started_at', 'completed_at', 'lease']) AS forbidden;
+  FROM unnest(ARRAY['id', 'result', 'error', 'created_at', 'started_at', 'completed_at', 'lease', 'attempt', 'crashes']) AS forbidden;
 RESET ROLE;
 
 -- ── service_role ──
@@ -133,10 +155,14 @@ RESET ROLE;
 SELECT is_empty(
     $$SELECT call FROM extension_function WHERE nspname <> '_nexus_hub' AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
     'service_role may execute every public function');
-SELECT is_empty(
-    $$SELECT name, privilege FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
-       WHERE nspname <> '_nexus_hub' AND NOT has_table_privilege('service_role', oid, privilege)$$,
-    'service_role may read and write every public table');
+SELECT set_eq(
+    $$SELECT relname::text, privilege
+        FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
+       WHERE nspname <> '_nexus_hub' AND has_table_privilege('service_role', oid, privilege)$$,
+    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results']) AS relname,
+                                     unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+      UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT')$$,
+    'service_role may read every public table, and write all but those that the worker alone writes');
 
 SELECT pg_temp.as_role('service_role');
 SELECT is(decrypt_token(encrypt_token('t', 'c'), 'c'), 't', 'service_role seals and opens tokens');
@@ -148,10 +174,37 @@ SELECT is((SELECT decrypt_config(config_encrypted) ->> 'url' FROM user_servers W
 SELECT isnt(create_job(NULL, 'http_request', NULL, NULL, '{"url": "https://host/"}'), NULL, 'service_role creates an http_request job');
 SELECT lives_ok($$INSERT INTO system_servers (id, name, config) VALUES ('s', 'S', '{"url": "https://host/mcp"}')$$,
                 'service_role adds a system server');
+SELECT isnt(http_get('https://host/'), NULL, 'service_role calls http_get');
+SELECT isnt(http_post('https://host/'), NULL, 'service_role calls http_post');
+SELECT isnt(http_request('PUT', 'https://host/'), NULL, 'service_role calls http_request');
+SELECT is_empty('SELECT * FROM circuit_breakers', 'service_role reads circuit_breakers');
+SELECT throws_ok(statement, '42501', NULL, format('service_role cannot: %s', statement))
+  FROM unnest(ARRAY[
+    'INSERT INTO job_attempts (job_id, attempt, started_at, error) VALUES (gen_random_uuid(), 1, now(), ''e'')',
+    'UPDATE job_attempts SET error = ''e''',
+    'DELETE FROM job_attempts',
+    'INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES (''h:80'', 0, ''open'', 5, now(), ''e'')',
+    'UPDATE circuit_breakers SET state = ''open''',
+    'DELETE FROM circuit_breakers',
+    'TRUNCATE job_results CASCADE']) AS statement;
 SELECT throws_ok('SHOW nexus_hub.vault_key_file', '42501', NULL, 'service_role cannot see where the vault key is');
 SELECT throws_ok(call, '42501', NULL, format('service_role cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 RESET ROLE;
+
+-- ── A role of somebody else's ──
+
+CREATE ROLE nexus_hub_test_4;
+GRANT USAGE ON SCHEMA :"schema" TO nexus_hub_test_4;
+GRANT SELECT, INSERT ON job_results, job_attempts, user_servers TO nexus_hub_test_4;
+SELECT pg_temp.as_role('nexus_hub_test_4');
+SELECT lives_ok($$INSERT INTO job_results (user_id, job_type, server_id, tool_name) VALUES (nexus_hub_uid(), 'tool_invoke', 's', 't')$$,
+                'a role that was granted job_results needs no other right to insert an own job');
+SELECT lives_ok($$INSERT INTO user_servers (user_id, server_id, name) VALUES (nexus_hub_uid(), 'another', 'Another')$$, 'nor one that was granted user_servers, for an own server');
+SELECT lives_ok('SELECT * FROM job_attempts', 'nor one that was granted job_attempts');
+RESET ROLE;
+DROP OWNED BY nexus_hub_test_4;
+DROP ROLE nexus_hub_test_4;
 
 -- ── Default privileges, as Supabase sets them ──
 

@@ -147,6 +147,22 @@ SELECT throws_ok(pg_temp.insert_job(:a, 'http_request', 'pending'), '42501', NUL
 SELECT throws_ok(pg_temp.insert_job(:a, 'tool_invoke', state), '42501', NULL, format('a user cannot insert a %s job', state))
   FROM unnest(ARRAY['running', 'completed', 'failed', 'cancelled']) AS state;
 
+-- Priorities 1 to 4 go before everybody else's jobs.
+CREATE FUNCTION pg_temp.insert_urgent_job(owner uuid, priority integer) RETURNS text LANGUAGE sql AS $$
+    SELECT format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, priority) VALUES (%L, ''tool_invoke'', ''one'', ''urgent'', %s)', owner, priority)
+$$;
+SELECT throws_ok(pg_temp.insert_urgent_job(:a, priority), '42501', NULL, format('a user cannot insert a job of priority %s', priority)) FROM generate_series(1, 4) AS priority;
+SELECT throws_ok(format($$SELECT create_job(NULL, 'tool_invoke', 'one', 'urgent', p_priority => %s)$$, priority), '42501', 'p_priority must be 5 or more for users',
+                 format('a user cannot create a job of priority %s', priority)) FROM generate_series(1, 4) AS priority;
+SELECT is_empty($$SELECT FROM job_results WHERE tool_name = 'urgent'$$, 'and none of them is there');
+SELECT lives_ok(pg_temp.insert_urgent_job(:a, priority), format('a user inserts a job of priority %s', priority)) FROM generate_series(5, 9) AS priority;
+SELECT isnt(create_job(NULL, 'tool_invoke', 'one', 'urgent', p_priority => priority), NULL, format('a user creates a job of priority %s', priority))
+  FROM generate_series(5, 9) AS priority;
+SELECT lives_ok(format($$INSERT INTO job_results (user_id, job_type, server_id, tool_name, priority, run_at, timeout_ms, max_attempts, idempotency_key)
+                         VALUES (%L, 'tool_invoke', 'one', 'options', 7, now() + interval '1 day', 1000, 3, 'inserted')$$, :a), 'a user gives an own job all its options');
+SELECT throws_ok(format($$INSERT INTO job_results (user_id, job_type, server_id, tool_name, idempotency_key) VALUES (%L, 'tool_invoke', 'one', 'again', 'inserted')$$, :a), '23505',
+                 NULL, 'a user has an idempotency key once');
+
 CREATE FUNCTION pg_temp.can_not_reach(what text) RETURNS SETOF text LANGUAGE plpgsql AS $$
 DECLARE
     job uuid := coalesce(pg_temp.made(what), 'dddddddd-0000-4000-8000-000000000004');
@@ -155,6 +171,8 @@ BEGIN
     RETURN NEXT is_empty(format('SELECT * FROM wait_for_job(%L, 0)', job), format('wait_for_job has no row for %s', what));
     RETURN NEXT is_empty(format('SELECT * FROM wait_for_job(%L)', job), format('wait_for_job does not wait for %s', what));
     RETURN NEXT is(cancel_job(job), false, format('cancel_job returns false for %s', what));
+    RETURN NEXT is(retry_job(job), false, format('retry_job returns false for %s', what));
+    RETURN NEXT is_empty(format('SELECT * FROM get_job_attempts(%L)', job), format('get_job_attempts has no row for %s', what));
     RETURN NEXT throws_ok(format('SELECT execute_job_via_pg_net(%L)', job), '22023', format('Job %s not found', job),
                           format('execute_job_via_pg_net does not find %s', what));
 END
@@ -165,6 +183,8 @@ SELECT pg_temp.can_not_reach('a job that is not there');
 SELECT is_empty('SELECT * FROM get_job_status(NULL)', 'get_job_status has no row for NULL');
 SELECT is_empty('SELECT * FROM wait_for_job(NULL)', 'wait_for_job has no row for NULL');
 SELECT is(cancel_job(NULL), false, 'cancel_job returns false for NULL');
+SELECT is(retry_job(NULL), false, 'retry_job returns false for NULL');
+SELECT is_empty('SELECT * FROM get_job_attempts(NULL)', 'get_job_attempts has no row for NULL');
 SELECT throws_ok('SELECT execute_job_via_pg_net(NULL)', '22023', 'Job NULL not found', 'execute_job_via_pg_net does not find NULL');
 
 SELECT results_eq($$SELECT id, job_type, server_id, tool_name, status FROM get_job_status(pg_temp.made('new job'))$$,
@@ -174,9 +194,85 @@ SELECT is(cancel_job(pg_temp.made('new job')), true, 'a user cancels an own pend
 SELECT results_eq($$SELECT status, completed_at IS NOT NULL, started_at IS NULL FROM get_job_status(pg_temp.made('new job'))$$,
                   $$VALUES ('cancelled', true, true)$$, 'and it is cancelled, with the time, without having started');
 SELECT is(cancel_job(pg_temp.made('new job')), false, 'a cancelled job cannot be cancelled again');
+SELECT is(retry_job(pg_temp.made('new job')), true, 'a user has an own cancelled job run again');
+SELECT results_eq($$SELECT status, completed_at FROM get_job_status(pg_temp.made('new job'))$$, $$VALUES ('pending', NULL::timestamptz)$$, 'and it is pending');
+RESET ROLE;
+UPDATE job_results SET status = 'running', lease = gen_random_uuid() WHERE id = pg_temp.made('new job');
+SELECT pg_temp.as_user(:a);
+SELECT is(cancel_job(pg_temp.made('new job')), true, 'a user cancels an own running job');
+SELECT results_eq($$SELECT status, lease FROM job_results WHERE id = pg_temp.made('new job')$$, $$VALUES ('cancelled', NULL::uuid)$$, 'and it is cancelled, and nobody''s');
 
 SELECT pg_temp.as_user(:b);
 SELECT results_eq('SELECT id, status FROM job_results', $$SELECT pg_temp.made('job b'), 'pending'$$, 'the other user''s job is as it was');
+
+-- ── Attempts, and jobs that failed ──
+
+RESET ROLE;
+UPDATE job_results SET status = 'failed', attempt = 3 WHERE id IN (pg_temp.made('job a'), pg_temp.made('job b'), pg_temp.made('job of nobody'));
+INSERT INTO job_attempts (job_id, attempt, started_at, error)
+    SELECT id, attempt, now(), 'of ' || name FROM made, generate_series(1, 2) AS attempt WHERE name IN ('job a', 'job b', 'job of nobody');
+SELECT pg_temp.as_user(:a);
+SELECT results_eq('SELECT attempt, error FROM job_attempts ORDER BY attempt', $$VALUES (1, 'of job a'), (2, 'of job a')$$, 'a user sees the attempts of the own jobs only');
+SELECT results_eq($$SELECT attempt, error FROM get_job_attempts(pg_temp.made('job a'))$$, $$VALUES (1, 'of job a'), (2, 'of job a')$$, 'get_job_attempts shows them');
+SELECT pg_temp.can_not_reach('job b');
+SELECT is(retry_failed_jobs(), 1, 'retry_failed_jobs counts the own failed jobs only');
+SELECT results_eq('SELECT status, attempt FROM job_results WHERE id = pg_temp.made(''job a'')', $$VALUES ('pending', 0)$$, 'and has them run again');
+SELECT is(retry_failed_jobs(), 0, 'once');
+SELECT is((SELECT status FROM job_results WHERE id = pg_temp.made('new job')), 'cancelled', 'a cancelled one stays cancelled');
+SELECT is(retry_job(pg_temp.made('job a')), false, 'a pending job cannot be retried');
+SELECT pg_temp.as_claims('');
+SELECT is_empty('SELECT FROM job_attempts', 'somebody without an id sees no attempts');
+SELECT is(retry_failed_jobs(), 0, 'and has no failed jobs');
+
+SELECT pg_temp.as_user(:b);
+SELECT results_eq('SELECT id, status, attempt FROM job_results', $$SELECT pg_temp.made('job b'), 'failed', 3$$, 'the other user''s failed job is as it was');
+SELECT results_eq('SELECT attempt, error FROM job_attempts ORDER BY attempt', $$VALUES (1, 'of job b'), (2, 'of job b')$$, 'and so are its attempts');
+
+SELECT pg_temp.as_service();
+SELECT is((SELECT count(*) FROM job_attempts), 6::bigint, 'service_role sees everybody''s attempts');
+SELECT is((SELECT count(*) FROM get_job_attempts(pg_temp.made('job b'))), 2::bigint, 'get_job_attempts shows service_role anybody''s');
+SELECT is(retry_job(pg_temp.made('job b')), true, 'service_role has anybody''s job run again');
+SELECT is(retry_failed_jobs(), 1, 'service_role has all failed jobs run again');
+SELECT is((SELECT status FROM job_results WHERE id = pg_temp.made('job of nobody')), 'pending', 'those of nobody, too');
+SELECT is(retry_job(pg_temp.made('new job')), true, 'and a user''s cancelled one');
+SELECT lives_ok(pg_temp.insert_urgent_job(:b, 1), 'service_role inserts a job of priority 1');
+SELECT isnt(create_job(:b, 'tool_invoke', 'one', 'urgent', p_priority => 1), NULL, 'service_role creates a job of priority 1');
+DELETE FROM job_results WHERE user_id = :b AND tool_name = 'urgent';
+DELETE FROM job_results WHERE id = pg_temp.made('job of nobody');
+SELECT is((SELECT count(*) FROM job_attempts), 4::bigint, 'a job''s attempts go with it');
+INSERT INTO job_results (job_type, server_id, tool_name) VALUES ('tool_invoke', 'one', 'of nobody');
+
+-- ── Idempotency keys ──
+
+SELECT pg_temp.as_user(:a);
+INSERT INTO made VALUES ('a''s key', create_job(NULL, 'tool_invoke', 'one', 'keyed', p_idempotency_key => 'key'));
+SELECT is(create_job(:a, 'tool_invoke', 'one', 'keyed', p_idempotency_key => 'key'), pg_temp.made('a''s key'), 'a user''s key gives back the user''s job');
+SELECT pg_temp.as_user(:b);
+INSERT INTO made VALUES ('b''s key', create_job(NULL, 'tool_invoke', 'one', 'keyed', p_idempotency_key => 'key'));
+SELECT isnt(pg_temp.made('b''s key'), pg_temp.made('a''s key'), 'another user''s same key is another key');
+SELECT results_eq($$SELECT id FROM job_results WHERE idempotency_key = 'key'$$, $$SELECT pg_temp.made('b''s key')$$, 'and makes that user''s own job');
+SELECT throws_ok(format($$SELECT create_job(%L, 'tool_invoke', 'one', 'keyed', p_idempotency_key => 'key')$$, :a), '42501', NULL,
+                 'a user does not get another''s job by its key');
+SELECT pg_temp.as_service();
+SELECT is(create_job(:a, 'http_request', NULL, NULL, '{"url": "http://host"}', p_idempotency_key => 'key'), pg_temp.made('a''s key'),
+          'service_role gives a user''s key for the user');
+INSERT INTO made VALUES ('nobody''s key', create_job(NULL, 'tool_invoke', 'one', 'keyed', p_idempotency_key => 'key'));
+SELECT ok(pg_temp.made('nobody''s key') NOT IN (pg_temp.made('a''s key'), pg_temp.made('b''s key')), 'nobody''s same key is another key');
+SELECT is(create_job(NULL, 'tool_invoke', 'one', 'keyed', p_idempotency_key => 'key'), pg_temp.made('nobody''s key'), 'which gives back nobody''s job');
+DELETE FROM job_results WHERE tool_name = 'keyed';
+
+-- ── Circuit breakers ──
+
+RESET ROLE;
+INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES ('host:80', 0, 'open', 5, now(), 'connection refused');
+SELECT pg_temp.as_service();
+SELECT results_eq('SELECT host, state, failures FROM circuit_breakers', $$VALUES ('host:80', 'open', 5)$$, 'service_role sees the circuit breakers');
+RESET ROLE;
+GRANT SELECT ON circuit_breakers TO authenticated;
+SELECT pg_temp.as_user(:a);
+SELECT is_empty('SELECT FROM circuit_breakers', 'a user would see none even with the right to read the table');
+
+-- ── What service_role does with jobs ──
 
 SELECT pg_temp.as_service();
 SELECT ok(count(*) FILTER (WHERE user_id = :a) > 1 AND count(*) FILTER (WHERE user_id = :b) = 1 AND count(*) FILTER (WHERE user_id IS NULL) = 1,

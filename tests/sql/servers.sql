@@ -81,6 +81,12 @@ INSERT INTO bad VALUES
     ('{"url": "http://host", "headers": {"X\r\nEvil": "sk-verysecret"}}', '"headers" has a name that is not a valid header name'),
     ('{"url": "http://host", "headers": {"Mcp-Session-Id": "sk-verysecret"}}', 'the header "mcp-session-id" is set by the protocol and cannot be given'),
     ('{"url": "http://host", "headers": {"HOST": "sk-verysecret"}}', 'the header "host" is set by the protocol and cannot be given'),
+    ('{"url": "http://host", "headers": {"Content-Length": "7"}}', 'the header "Content-Length" cannot be given'),
+    ('{"url": "http://host", "headers": {"transfer-encoding": "sk-verysecret"}}', 'the header "transfer-encoding" cannot be given'),
+    ('{"url": "http://host", "headers": {"Connection": "sk-verysecret"}}', 'the header "Connection" cannot be given'),
+    ('{"url": "http://host", "max_in_flight": 0}', '"max_in_flight" is not a whole number from 1 to 100000'),
+    ('{"url": "http://host", "max_in_flight": 100001}', '"max_in_flight" is not a whole number from 1 to 100000'),
+    ('{"url": "http://host", "max_in_flight": "sk-verysecret"}', '"max_in_flight" is not a whole number from 1 to 100000'),
     ('{"url": "http://host", "timeout_ms": 0}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": -1}', '"timeout_ms" is not a whole number from 1 to 3600000'),
     ('{"url": "http://host", "timeout_ms": 1.5}', '"timeout_ms" is not a whole number from 1 to 3600000'),
@@ -102,8 +108,28 @@ SELECT is_empty(
 SELECT throws_ok(format('SELECT update_server((SELECT id FROM added), p_config => config) FROM pg_temp.bad WHERE ctid = %L', ctid), '22023',
                  'bad server config: ' || problem, format('update_server refuses %s', left(config::text, 80)))
   FROM bad WHERE config IS NOT NULL ORDER BY config;
+SELECT isnt(add_server('flight ' || most, NULL, format('{"url": "http://host", "max_in_flight": %s}', most)::jsonb, :a), NULL, format('max_in_flight may be %s', most))
+  FROM unnest(ARRAY['1', '100000', 'null']) AS most;
 SELECT lives_ok(format($$SELECT add_server('big number', 'Big', '{"url": "http://host", "big": 1e400}', %L)$$, :a),
                 'a number beyond a double is kept in an unknown key');
+
+-- ── Where a server may not be ──
+
+CREATE TEMP TABLE denied (url text, what text);
+INSERT INTO denied VALUES
+    ('http://10.0.0.1/sk-verysecret', 'a private address'), ('https://192.168.1.1:8443/mcp', 'a private address'), ('http://[fd00::1]/', 'a private address'),
+    ('http://[::1]/', 'a loopback address'), ('http://0x7f000002/', 'a loopback address'), ('http://127.1.1.1:80/', 'a loopback address'), ('http://[::ffff:127.0.0.2]/', 'a loopback address'),
+    ('http://169.254.169.254/latest/', 'a cloud metadata address'), ('http://169.254.1.1/', 'a link-local address'), ('http://0/', 'an unspecified address');
+SELECT is(split_part(pg_temp.error_of(format($$SELECT add_server('denied', 'Denied', %L, %L)$$, jsonb_build_object('url', url), :a)), ' | SQL', 1),
+          format('42501: the egress policy does not allow %s | A superuser opens hosts, addresses and networks with the setting nexus_hub.egress_allow.', what),
+          format('add_server refuses %s', url))
+  FROM denied;
+SELECT throws_ok(format($$SELECT update_server((SELECT id FROM added), p_config => %L)$$, jsonb_build_object('url', url)), '42501',
+                 'the egress policy does not allow ' || what, format('update_server refuses %s', url))
+  FROM denied;
+SELECT isnt(add_server(url, NULL, jsonb_build_object('url', url), :a), NULL, format('add_server takes %s', url))
+  FROM unnest(ARRAY['http://127.0.0.1/mcp', 'http://2130706433:8080/', 'http://8.8.8.8/', 'http://[2606:4700::1111]/', 'http://localhost/', 'http://name.internal/']) AS url;
+SELECT is_empty($$SELECT FROM user_servers WHERE server_id = 'denied'$$, 'and a server that was refused is not there');
 
 -- ── update_server, delete_server ──
 

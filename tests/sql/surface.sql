@@ -38,10 +38,16 @@ SELECT set_eq(
     ('update_server', 'p_id uuid, p_name text DEFAULT NULL::text, p_config jsonb DEFAULT NULL::jsonb, p_enabled boolean DEFAULT NULL::boolean', 'boolean'),
     ('delete_server', 'p_id uuid', 'boolean'),
     ('list_servers', '', 'TABLE(id uuid, kind text, user_id uuid, server_id text, name text, transport text, enabled boolean, rate_limit_per_minute integer, created_at timestamp with time zone, updated_at timestamp with time zone)'),
-    ('create_job', 'p_user_id uuid, p_job_type text, p_server_id text, p_tool_name text DEFAULT NULL::text, p_params jsonb DEFAULT ''{}''::jsonb', 'uuid'),
+    ('create_job', 'p_user_id uuid, p_job_type text, p_server_id text, p_tool_name text DEFAULT NULL::text, p_params jsonb DEFAULT ''{}''::jsonb, p_priority integer DEFAULT NULL::integer, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_timeout_ms integer DEFAULT NULL::integer, p_max_attempts integer DEFAULT NULL::integer, p_idempotency_key text DEFAULT NULL::text', 'uuid'),
+    ('http_request', 'method text, url text, body text DEFAULT NULL::text, headers jsonb DEFAULT ''{}''::jsonb, timeout_ms integer DEFAULT NULL::integer, priority integer DEFAULT NULL::integer, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, idempotency_key text DEFAULT NULL::text', 'uuid'),
+    ('http_get', 'url text, headers jsonb DEFAULT ''{}''::jsonb, timeout_ms integer DEFAULT NULL::integer, priority integer DEFAULT NULL::integer, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, idempotency_key text DEFAULT NULL::text', 'uuid'),
+    ('http_post', 'url text, body jsonb DEFAULT ''{}''::jsonb, headers jsonb DEFAULT ''{}''::jsonb, timeout_ms integer DEFAULT NULL::integer, priority integer DEFAULT NULL::integer, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, idempotency_key text DEFAULT NULL::text', 'uuid'),
     ('get_job_status', 'p_job_id uuid', 'TABLE(id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text, created_at timestamp with time zone, started_at timestamp with time zone, completed_at timestamp with time zone)'),
     ('wait_for_job', 'p_job_id uuid, p_timeout_ms integer DEFAULT 30000', 'TABLE(id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text, created_at timestamp with time zone, started_at timestamp with time zone, completed_at timestamp with time zone)'),
     ('cancel_job', 'p_job_id uuid', 'boolean'),
+    ('retry_job', 'p_job_id uuid', 'boolean'),
+    ('retry_failed_jobs', 'p_server_id text DEFAULT NULL::text, p_job_type text DEFAULT NULL::text, p_since timestamp with time zone DEFAULT NULL::timestamp with time zone, p_until timestamp with time zone DEFAULT NULL::timestamp with time zone', 'integer'),
+    ('get_job_attempts', 'p_job_id uuid', 'TABLE(attempt integer, started_at timestamp with time zone, finished_at timestamp with time zone, http_status integer, error text)'),
     ('execute_job_via_pg_net', 'job_id uuid', 'void')$$,
     'the public functions are those of the contract, with its argument names, defaults and results');
 
@@ -80,7 +86,29 @@ SELECT set_has(
     ('job_results', 'error', 'text', NULL),
     ('job_results', 'created_at', 'timestamp with time zone', 'now()'),
     ('job_results', 'started_at', 'timestamp with time zone', NULL),
-    ('job_results', 'completed_at', 'timestamp with time zone', NULL)$$,
+    ('job_results', 'completed_at', 'timestamp with time zone', NULL),
+    ('job_results', 'lease', 'uuid', NULL),
+    ('job_results', 'priority', 'smallint', '5'),
+    ('job_results', 'run_at', 'timestamp with time zone', 'now()'),
+    ('job_results', 'timeout_ms', 'integer', NULL),
+    ('job_results', 'max_attempts', 'integer', NULL),
+    ('job_results', 'attempt', 'integer', '0'),
+    ('job_results', 'crashes', 'integer', '0'),
+    ('job_results', 'idempotency_key', 'text', NULL),
+    ('job_attempts', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('job_attempts', 'job_id', 'uuid', NULL),
+    ('job_attempts', 'attempt', 'integer', NULL),
+    ('job_attempts', 'started_at', 'timestamp with time zone', NULL),
+    ('job_attempts', 'finished_at', 'timestamp with time zone', 'clock_timestamp()'),
+    ('job_attempts', 'http_status', 'integer', NULL),
+    ('job_attempts', 'error', 'text', NULL),
+    ('circuit_breakers', 'host', 'text', NULL),
+    ('circuit_breakers', 'worker', 'smallint', NULL),
+    ('circuit_breakers', 'state', 'text', NULL),
+    ('circuit_breakers', 'failures', 'integer', NULL),
+    ('circuit_breakers', 'opened_at', 'timestamp with time zone', 'clock_timestamp()'),
+    ('circuit_breakers', 'probe_at', 'timestamp with time zone', NULL),
+    ('circuit_breakers', 'error', 'text', NULL)$$,
     'the tables have the columns of the contract, with its types and defaults');
 
 SELECT col_is_pk(:'schema', 'system_servers', 'id', 'system_servers is keyed by id');
@@ -88,13 +116,18 @@ SELECT col_is_unique(:'schema', 'system_servers', 'ref_id', 'system_servers.ref_
 SELECT col_is_pk(:'schema', 'user_servers', 'id', 'user_servers is keyed by id');
 SELECT col_is_unique(:'schema', 'user_servers', ARRAY['user_id', 'server_id'], 'a user has a server_id once');
 SELECT col_is_pk(:'schema', 'job_results', 'id', 'job_results is keyed by id');
+SELECT col_is_pk(:'schema', 'job_attempts', 'id', 'job_attempts is keyed by id');
+SELECT col_is_pk(:'schema', 'circuit_breakers', ARRAY['host', 'worker'], 'circuit_breakers is keyed by host and worker');
+SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L::regclass AND a.attgenerated = ''s''', format('%I.job_results', :'schema')),
+              $$VALUES ('target'::name)$$, 'job_results.target is generated and stored, and nothing else is');
 
 SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
     ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
-    ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v')$$,
+    ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
+    ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's')$$,
     'functions that only read are STABLE; those that write, wait or draw a random IV are VOLATILE');
 
 -- ── Rules for every object, future ones included ──
@@ -118,18 +151,27 @@ SELECT is_empty(
     $$SELECT signature FROM extension_function, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
        WHERE prosecdef AND a.grantee = 0$$,
     'no SECURITY DEFINER function can be executed by PUBLIC');
+-- A SET keeps a function from being inlined into the worker's statements. What is bound when it is created looks no name up.
 SELECT is_empty(
-    $$SELECT signature FROM extension_function
-       WHERE lanname <> 'c' AND NOT EXISTS (SELECT FROM unnest(proconfig) AS setting WHERE setting LIKE 'search\_path=%')$$,
-    'every function that is not in C has its own search_path');
+    $$SELECT signature FROM extension_function f JOIN pg_proc p USING (oid)
+       WHERE lanname <> 'c' AND NOT EXISTS (SELECT FROM unnest(f.proconfig) AS setting WHERE setting LIKE 'search\_path=%')
+         AND NOT (nspname = '_nexus_hub' AND lanname = 'sql' AND p.prosqlbody IS NOT NULL AND f.provolatile = 's' AND NOT f.prosecdef)$$,
+    'every function that is not in C has its own search_path, except those of the worker whose bodies are bound');
+SELECT is_empty(
+    $$SELECT signature, a.grantee::regrole FROM extension_function f, aclexplode(coalesce(f.proacl, acldefault('f', f.proowner))) AS a
+       WHERE lanname <> 'c' AND NOT EXISTS (SELECT FROM unnest(proconfig) AS setting WHERE setting LIKE 'search\_path=%')
+         AND a.grantee <> f.proowner$$,
+    'and nobody but the owner may execute those');
 
 SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p') AND nspname <> '_nexus_hub' AND NOT relrowsecurity$$,
     'every public table has row-level security');
-SELECT is_empty(
-    $$SELECT t.relname FROM extension_table t
-       WHERE t.relkind = 'r' AND t.nspname <> '_nexus_hub'
-         AND NOT EXISTS (SELECT FROM pg_extension e WHERE e.extname = 'nexus_hub' AND t.oid = ANY (e.extconfig))$$,
-    'the rows of every public table are dumped');
+-- A restored database knows nothing yet of the hosts it cannot reach.
+SELECT set_eq(
+    $$SELECT t.nspname, t.relname FROM pg_extension e JOIN extension_table t ON t.oid = ANY (e.extconfig) WHERE e.extname = 'nexus_hub'$$,
+    $$SELECT nspname, relname FROM extension_table WHERE relkind = 'r' AND nspname <> '_nexus_hub' AND relname <> 'circuit_breakers'$$,
+    'the rows of every public table are dumped, except those of circuit_breakers');
+SELECT is_empty($$SELECT condition FROM pg_extension e, unnest(e.extcondition) AS condition WHERE e.extname = 'nexus_hub' AND condition <> ''$$,
+    'and all of them');
 SELECT is_empty(
     $$SELECT p.tablename, p.policyname FROM pg_policies p JOIN extension_table t ON (t.nspname, t.relname) = (p.schemaname, p.tablename),
              concat_ws(' ', p.qual, p.with_check) AS expression
