@@ -95,7 +95,8 @@ COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the ser
 CREATE INDEX job_results_pending ON @extschema@.job_results (priority, run_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';
 CREATE INDEX job_results_failed ON @extschema@.job_results (completed_at) WHERE status = 'failed';
-CREATE INDEX job_results_user ON @extschema@.job_results (user_id, created_at);
+-- Partial, because jobs of nobody need not pay for it.
+CREATE INDEX job_results_user ON @extschema@.job_results (user_id, created_at) WHERE user_id IS NOT NULL;
 -- Two, because NULLs are distinct in a unique index.
 CREATE UNIQUE INDEX job_results_user_idempotency_key ON @extschema@.job_results (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL AND user_id IS NOT NULL;
@@ -387,25 +388,27 @@ COMMENT ON FUNCTION @extschema@.http_post(text, jsonb, jsonb, integer, integer, 
 
 CREATE FUNCTION @extschema@.get_job_status(p_job_id uuid)
 RETURNS TABLE (id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text,
-               created_at timestamptz, started_at timestamptz, completed_at timestamptz)
+               created_at timestamptz, started_at timestamptz, completed_at timestamptz, attempt integer, run_at timestamptz)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT j.id, j.job_type, j.server_id, j.tool_name, j.status, j.result, j.error, j.created_at, j.started_at, j.completed_at
+    SELECT j.id, j.job_type, j.server_id, j.tool_name, j.status, j.result, j.error, j.created_at, j.started_at, j.completed_at,
+           j.attempt, j.run_at
       FROM @extschema@.job_results j
      WHERE j.id = p_job_id;
 END;
 COMMENT ON FUNCTION @extschema@.get_job_status(uuid) IS
-    'A job''s state and result: one row, or none when the caller has no such job.';
+    'A job''s state and result: one row, or none when the caller has no such job. A pending job with attempt above 0 has failed so often and is tried again at run_at.';
 
 CREATE FUNCTION @extschema@.wait_for_job(p_job_id uuid, p_timeout_ms integer DEFAULT 30000)
 RETURNS TABLE (id uuid, job_type text, server_id text, tool_name text, status text, result jsonb, error text,
-               created_at timestamptz, started_at timestamptz, completed_at timestamptz)
+               created_at timestamptz, started_at timestamptz, completed_at timestamptz, attempt integer, run_at timestamptz)
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT _nexus_hub.await_job(j.id, p_timeout_ms) FROM @extschema@.job_results j WHERE j.id = p_job_id;
-    SELECT s.id, s.job_type, s.server_id, s.tool_name, s.status, s.result, s.error, s.created_at, s.started_at, s.completed_at
+    SELECT s.id, s.job_type, s.server_id, s.tool_name, s.status, s.result, s.error, s.created_at, s.started_at, s.completed_at,
+           s.attempt, s.run_at
       FROM @extschema@.get_job_status(p_job_id) s;
 END;
 COMMENT ON FUNCTION @extschema@.wait_for_job(uuid, integer) IS

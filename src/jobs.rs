@@ -77,7 +77,7 @@ fn check_job_options(
 /// The host and port that a URL leads to; empty for what is no URL.
 #[pg_extern(sql = false, immutable, parallel_safe, strict)]
 fn url_authority(url: &str) -> String {
-    endpoint::parse_url(url).map(|url| endpoint::authority(&url)).unwrap_or_default()
+    endpoint::authority_of(url)
 }
 
 /// Wakes the worker of this database when the transaction commits.

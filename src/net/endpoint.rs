@@ -56,6 +56,33 @@ pub fn authority(url: &Url) -> String {
     url.port_or_known_default().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
+/// The same of a URL's text, empty where that is no URL. Worked out for every job that is written, so the usual ones
+/// are not parsed.
+pub fn authority_of(text: &str) -> String {
+    plain_authority(text).unwrap_or_else(|| parse_url(text).map(|url| authority(&url)).unwrap_or_default())
+}
+
+/// The authority of a URL that is written as plainly as can be: `http://host:8080/…`.
+fn plain_authority(text: &str) -> Option<String> {
+    let (rest, default_port) = match text.strip_prefix("https://") {
+        Some(rest) => (rest, "443"),
+        None => (text.strip_prefix("http://")?, "80"),
+    };
+    let (authority, path) = rest.split_at(rest.find('/')?);
+    let (host, port) = authority.split_once(':').unwrap_or((authority, default_port));
+    let is_plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-');
+    let last = host.rsplit('.').next()?;
+    // What ends in a number is an address, in one notation of many; "xn--" is for the parser to check.
+    let is_name =
+        host.bytes().all(is_plain) && last.starts_with(|c: char| c.is_ascii_lowercase()) && !host.contains("--");
+    let is_host = !host.starts_with('.') && (is_name || host.parse::<std::net::Ipv4Addr>().is_ok());
+    let is_port =
+        !port.starts_with('0') && port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    // Tabs and line ends would be taken out.
+    let is_path = path.bytes().all(|byte| byte.is_ascii_graphic());
+    (is_host && is_port && is_path).then(|| format!("{host}:{port}"))
+}
+
 /// What may be secret in a request's target: the values of its headers, and the password and query of its URL.
 pub fn secrets(url: &Url, headers: &[(HeaderName, Secret)]) -> Vec<Secret> {
     let in_headers = headers.iter().map(|(_, value)| value.clone());
@@ -171,6 +198,55 @@ mod tests {
         assert_eq!(endpoint.timeout, Some(Duration::from_millis(5)));
         assert_eq!(endpoint.headers[0].0, "authorization");
         assert!(!format!("{endpoint:?}").contains("Bearer"));
+    }
+
+    #[test]
+    fn an_authority_is_the_one_the_parser_finds_however_the_url_is_written() {
+        let texts = [
+            "http://example.com/",
+            "https://example.com/a?b",
+            "http://example.com:8080/x",
+            "http://127.0.0.1:1/",
+            "https://a.b-c.d:443/",
+            "http://EXAMPLE.com/",
+            "http://2130706433/",
+            "http://0x7f.1/",
+            "http://127.1/",
+            "http://1.2.3.4.5/",
+            "http://010.0.0.1/",
+            "http://a:0080/",
+            "http://a:99999/",
+            "http://a:/",
+            "http://a",
+            "http://a:80@b/",
+            "http://[::1]:5/",
+            "http://xn--nxasmq6b/",
+            "http://xn--/",
+            "http://a..b/",
+            "http://.a/",
+            "http://a./",
+            "http://-a/",
+            "http://a_b/",
+            "http://a%2eb/",
+            "http://a\\b/",
+            "http:///a/",
+            "ftp://a/",
+            "http://a.1/",
+            "http://a.1b/",
+            "http://1a/",
+            "http://a/\tb",
+            " http://a/ ",
+            "http://a:080/",
+            "http://a:0/",
+            "",
+        ];
+        for text in texts {
+            let parsed = parse_url(text).map(|url| authority(&url)).unwrap_or_default();
+            assert_eq!(authority_of(text), parsed, "{text}");
+        }
+        assert!(
+            plain_authority("http://example.com:8080/x").is_some() && plain_authority("http://127.0.0.1:1/").is_some()
+        );
     }
 
     #[test]

@@ -16,7 +16,8 @@ use reqwest::header::{
     USER_AGENT,
 };
 use reqwest::{Method, Request, Response, StatusCode, Url};
-use serde_json::{Map, Value};
+use serde_json::Value;
+use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use uuid::Uuid;
@@ -116,7 +117,7 @@ impl HttpCall {
         let max_redirects = if self.hands_over { 0 } else { limits.max_redirects() };
         let mut followed = 0;
         let response = loop {
-            let response = outbound.send(hop.request()).await?;
+            let response = outbound.send(|| hop.request()).await?;
             if max_redirects == 0 || !hop.follow(&response)? {
                 break response;
             }
@@ -211,27 +212,37 @@ pub fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Failure>
 /// `{"status", "headers", "body"}` as JSON text: a JSON body as the server wrote it, a text as a string, and bytes
 /// that are neither as base64 under "body_base64". An empty body has neither key.
 fn answer(status: u16, headers: &HeaderMap, body: &[u8]) -> String {
-    let mut head = Map::new();
-    for name in headers.keys() {
-        let values: Vec<_> = headers
-            .get_all(name)
-            .iter()
-            .map(|value| String::from_utf8_lossy(value.as_bytes()).replace('\0', ""))
-            .collect();
-        head.insert(name.as_str().to_owned(), Value::String(values.join(", ")));
+    let mut answer = String::with_capacity(256 + body.len());
+    let _ = write!(answer, "{{\"status\":{status},\"headers\":{{");
+    for (number, name) in headers.keys().enumerate() {
+        let mut values = headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
+        let mut text = values.next().unwrap_or_default().into_owned();
+        for value in values {
+            text.push_str(", ");
+            text.push_str(&value);
+        }
+        text.retain(|character| character != '\0');
+        let comma = if number > 0 { "," } else { "" };
+        let _ = write!(answer, "{comma}{}:{}", Value::from(name.as_str()), Value::from(text));
     }
-    let mut answer = format!("{{\"status\":{status},\"headers\":{}", Value::Object(head));
+    answer.push('}');
     let is_json = headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().ends_with("json")));
     if !body.is_empty() {
         match std::str::from_utf8(body) {
-            Ok(text) if is_json && is_storable(text) => answer.push_str(&format!(",\"body\":{text}")),
-            Ok(text) if !text.contains('\0') => answer.push_str(&format!(",\"body\":{}", Value::from(text))),
+            Ok(text) if is_json && is_storable(text) => {
+                answer.push_str(",\"body\":");
+                answer.push_str(text);
+            }
+            Ok(text) if !text.contains('\0') => {
+                let _ = write!(answer, ",\"body\":{}", Value::from(text));
+            }
             _ => {
-                let encoded = base64::engine::general_purpose::STANDARD.encode(body);
-                answer.push_str(&format!(",\"body_base64\":\"{encoded}\""));
+                answer.push_str(",\"body_base64\":\"");
+                base64::engine::general_purpose::STANDARD.encode_string(body, &mut answer);
+                answer.push('"');
             }
         }
     }

@@ -8,7 +8,8 @@ use crate::domain::egress::Policy;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Request, Response, Url};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use url::Host;
 
@@ -30,6 +31,8 @@ pub struct Egress {
     pub authorities: Vec<u8>,
     /// Connections to one host that are kept for the next request.
     pub max_idle: usize,
+    /// Files that the process may have open for connections to be kept.
+    pub most_open: usize,
 }
 
 /// The client, which is made anew when what it goes by changes.
@@ -40,7 +43,11 @@ pub struct Outbound {
 struct Current {
     egress: Egress,
     policy: Arc<Policy>,
-    client: Mutex<Client>,
+    client: Client,
+    /// Keeps no connection: for when many hosts have made descriptors scarce.
+    frugal: Client,
+    /// A descriptor whose copies tell how many there are.
+    gauge: Option<OwnedFd>,
 }
 
 /// A connection that the policy denies.
@@ -94,7 +101,7 @@ pub fn refusal(policy: &Policy, url: &Url) -> Option<&'static str> {
     policy.refusal(url.host_str().unwrap_or_default(), url.port_or_known_default(), address)
 }
 
-fn client(egress: &Egress, policy: &Arc<Policy>) -> Result<Client, String> {
+fn client(egress: &Egress, policy: &Arc<Policy>, max_idle: usize) -> Result<Client, String> {
     // An error means that another library of the process has chosen one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let authorities = reqwest::Certificate::from_pem_bundle(&egress.authorities)
@@ -107,7 +114,7 @@ fn client(egress: &Egress, policy: &Arc<Policy>) -> Result<Client, String> {
         .dns_resolver(Resolver { policy: Arc::clone(policy) })
         .tls_certs_merge(authorities)
         .connect_timeout(CONNECT_TIMEOUT)
-        .pool_max_idle_per_host(egress.max_idle)
+        .pool_max_idle_per_host(max_idle)
         .pool_idle_timeout(IDLE_TIMEOUT)
         .tcp_keepalive(Duration::from_secs(60))
         .build()
@@ -117,19 +124,20 @@ fn client(egress: &Egress, policy: &Arc<Policy>) -> Result<Client, String> {
 impl Current {
     fn new(egress: Egress) -> Result<Self, String> {
         let policy = Arc::new(egress.policy.clone());
-        let client = Mutex::new(client(&egress, &policy)?);
-        Ok(Self { egress, policy, client })
+        let (kept, frugal) = (client(&egress, &policy, egress.max_idle)?, client(&egress, &policy, 0)?);
+        let gauge = std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
+        Ok(Self { egress, policy, client: kept, frugal, gauge })
     }
 
-    fn client(&self) -> Client {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Lets go of the connections that are kept, for the sake of their descriptors.
-    fn renew(&self) {
-        if let Ok(client) = client(&self.egress, &self.policy) {
-            *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
-        }
+    fn client(&self) -> &Client {
+        // A copy gets the smallest number that is free.
+        let copy = self.gauge.as_ref().map(OwnedFd::try_clone);
+        let is_scarce = match copy {
+            Some(Ok(copy)) => copy.as_raw_fd().unsigned_abs() as usize > self.egress.most_open,
+            Some(Err(_)) => true,
+            None => false,
+        };
+        if is_scarce { &self.frugal } else { &self.client }
     }
 }
 
@@ -151,26 +159,20 @@ impl Outbound {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Sends a request, if the policy allows it, and returns the head of the answer.
-    pub async fn send(&self, request: Request) -> Result<Response, Failure> {
+    /// Sends a request, if the policy allows it, and returns the head of the answer. `request` makes it anew where it
+    /// has to be tried again before anything was sent.
+    pub async fn send(&self, request: impl Fn() -> Request) -> Result<Response, Failure> {
         let current = self.current();
-        let url = request.url();
-        let host = url.host_str().unwrap_or_default().to_owned();
-        let port = url.port_or_known_default().unwrap_or_default();
-        if let Some(what) = refusal(&current.policy, url) {
-            return Err(Failure::Denied { host, what });
-        }
         loop {
-            let attempt = request.try_clone();
-            let Some(attempt) = attempt else {
-                return Err(Failure::Internal("a request's body cannot be sent twice".into()));
-            };
+            let attempt = request();
+            let url = attempt.url();
+            if let Some(what) = refusal(&current.policy, url) {
+                return Err(Failure::Denied { host: url.host_str().unwrap_or_default().to_owned(), what });
+            }
+            let port = url.port_or_known_default().unwrap_or_default();
             match PORT.scope(port, current.client().execute(attempt)).await {
                 // Nothing was sent. The job's own time bounds the tries.
-                Err(error) if is_out_of_descriptors(&error) => {
-                    current.renew();
-                    tokio::time::sleep(DESCRIPTOR_WAIT).await;
-                }
+                Err(error) if is_out_of_descriptors(&error) => tokio::time::sleep(DESCRIPTOR_WAIT).await,
                 Err(error) => return Err(error.into()),
                 Ok(response) => return Ok(response),
             }

@@ -281,28 +281,30 @@ async fn run(
             tokio::select! {
                 ended = work => {
                     let ended = ended.unwrap_or(Err(Failure::Timeout(timeout)));
-                    Some(without_secrets(ended, &call.secrets()))
+                    Some(without_secrets(ended, || call.secrets()))
                 }
                 Ok(()) = cancelled => None,
             }
         }
         Work::Mcp { endpoint, call } => {
-            let work = mcp::perform(sessions, &endpoint, call, job, timeout, cancelled);
+            // Boxed, or every task would be as large as the largest kind.
+            let work = Box::pin(mcp::perform(sessions, &endpoint, call, job, timeout, cancelled));
             let ended = tokio::time::timeout(timeout + GRACE, work).await;
             let ended = ended.unwrap_or(Err(Failure::Timeout(timeout))).transpose()?;
-            Some(without_secrets(ended, &endpoint.secrets()))
+            Some(without_secrets(ended, || endpoint.secrets()))
         }
     }
 }
 
 /// Redacted before it is cut to its length: half a secret at the cut would not be found.
-fn without_secrets(ended: Result<Ending, Failure>, secrets: &[Secret]) -> Ending {
+fn without_secrets(ended: Result<Ending, Failure>, secrets: impl FnOnce() -> Vec<Secret>) -> Ending {
     let mut ending = ended.unwrap_or_else(Ending::from);
     if let Verdict::Failed { error, .. } = &mut ending.verdict {
-        *error = quote(&redact(error, secrets));
-    }
-    if let Reach::Unreachable(error) = &mut ending.reach {
-        *error = quote(&redact(error, secrets));
+        let secrets = secrets();
+        *error = quote(&redact(error, &secrets));
+        if let Reach::Unreachable(error) = &mut ending.reach {
+            *error = quote(&redact(error, &secrets));
+        }
     }
     ending
 }

@@ -108,27 +108,59 @@ pub fn pin_session_settings() {
     }
 }
 
-/// Waits for the process's latch, for input on `descriptor`, or for the time to pass. Ends the process when the
-/// postmaster is gone.
-///
-/// The latch is no message: PostgreSQL's own waits inside a transaction may use it up. Look at everything that could have
-/// been asked for right before the call, and again after it.
-pub fn wait(descriptor: Option<BorrowedFd<'_>>, time: Duration) {
-    let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::from(i32::MAX)).clamp(0, i64::from(i32::MAX));
-    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
-    if descriptor.is_some() {
-        events |= pg_sys::WL_SOCKET_READABLE;
-    }
-    // SAFETY: the process's own latch, and a descriptor that is open for the length of the call.
+fn milliseconds(time: Duration) -> std::ffi::c_long {
+    // Rounded up, or the last fraction of a millisecond would be spent in a busy loop.
+    let milliseconds = time.as_micros().div_ceil(1000);
+    std::ffi::c_long::try_from(milliseconds).unwrap_or(i32::MAX.into()).clamp(0, i32::MAX.into())
+}
+
+/// Waits for the process's latch or for the time to pass. Ends the process when the postmaster is gone.
+pub fn wait(time: Duration) {
+    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    // SAFETY: the process's own latch.
     unsafe {
-        let happened = pg_sys::WaitLatchOrSocket(
-            pg_sys::MyLatch,
-            events as i32,
-            descriptor.map_or(-1, |descriptor| descriptor.as_raw_fd()),
-            milliseconds,
-            pg_sys::PG_WAIT_EXTENSION,
-        );
-        if happened & pg_sys::WL_LATCH_SET as i32 != 0 {
+        pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, milliseconds(time), pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+}
+
+/// What a worker waits for: its latch, and input on a descriptor. Made once, because making it takes a descriptor, of
+/// which there may be none when one is needed.
+pub struct Waiter(*mut pg_sys::WaitEventSet);
+
+impl Waiter {
+    /// The descriptor must stay open as long as this is used.
+    pub fn new(descriptor: BorrowedFd<'_>) -> Self {
+        let none = std::ptr::null_mut;
+        // SAFETY: the set is kept for the life of the process, in memory that lives as long; the latch is the
+        // process's own.
+        unsafe {
+            #[cfg(any(feature = "pg14", feature = "pg15", feature = "pg16"))]
+            let set = pg_sys::CreateWaitEventSet(pg_sys::TopMemoryContext, 3);
+            #[cfg(not(any(feature = "pg14", feature = "pg15", feature = "pg16")))]
+            let set = pg_sys::CreateWaitEventSet(none().cast(), 3);
+            pg_sys::AddWaitEventToSet(set, pg_sys::WL_LATCH_SET, -1, pg_sys::MyLatch, none());
+            pg_sys::AddWaitEventToSet(set, pg_sys::WL_EXIT_ON_PM_DEATH, -1, std::ptr::null_mut(), none());
+            pg_sys::AddWaitEventToSet(
+                set,
+                pg_sys::WL_SOCKET_READABLE,
+                descriptor.as_raw_fd(),
+                std::ptr::null_mut(),
+                none(),
+            );
+            Self(set)
+        }
+    }
+
+    /// Waits for the latch, the descriptor, or the time to pass. Ends the process when the postmaster is gone.
+    ///
+    /// The latch is no message: PostgreSQL's own waits inside a transaction may use it up. Look at everything that
+    /// could have been asked for right before the call, and again after it.
+    pub fn wait(&self, time: Duration) {
+        // SAFETY: the set of `new`; the one event that is asked for has room.
+        unsafe {
+            let mut event = std::mem::zeroed();
+            pg_sys::WaitEventSetWait(self.0, milliseconds(time), &mut event, 1, pg_sys::PG_WAIT_EXTENSION);
             pg_sys::ResetLatch(pg_sys::MyLatch);
         }
     }

@@ -163,7 +163,7 @@ pub fn main() {
         let next = posts.filter(|post| post.running.is_none()).filter_map(|post| post.due);
         let until = next.chain([next_scan]).min().map_or(RESCAN_INTERVAL, |at| at.saturating_duration_since(now));
         // Never a busy loop: what is due but could not be started is tried again in a while.
-        bgworker::wait(None, until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(20) }));
+        bgworker::wait(until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(20) }));
     }
 }
 

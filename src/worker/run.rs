@@ -10,6 +10,7 @@ use crate::domain::schedule::{BreakerState, LaneId, Pick, Reach, Schedule};
 use crate::jobs::queue::{ClaimedJob, Queue};
 use crate::net::outbound::Outbound;
 use crate::net::{Ending, Limits, Net, Retry, ThreadGone, Verdict};
+use crate::pg::bgworker::Waiter;
 use crate::pg::guc::WorkerSettings;
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
@@ -66,6 +67,7 @@ pub struct Worker {
     pub leases: u64,
     pub queue: Queue,
     pub net: Net,
+    pub waiter: Waiter,
     pub outbound: Arc<Outbound>,
     pub limits: Arc<Limits>,
     pub descriptors: usize,
@@ -371,14 +373,14 @@ impl Worker {
             let next = jobs.chain(self.backlog.look_again()).chain([self.next_poll]).min().unwrap_or(now);
             next.saturating_duration_since(now)
         };
-        bgworker::wait(Some(self.net.wake_descriptor()), time);
+        self.waiter.wait(time);
     }
 
     fn take_settings(&mut self) {
         self.settings = start::settings(self.descriptors);
         self.limits.set(start::limit_values(&self.settings));
         self.schedule.set_limits(start::caps(&self.settings), start::rules(&self.settings));
-        if let Err(problem) = self.outbound.configure(start::egress(&self.settings)) {
+        if let Err(problem) = self.outbound.configure(start::egress(&self.settings, self.descriptors)) {
             log!("nexus_hub: {problem}; requests go as before");
         }
         self.outdated |= self.settings.workers != self.place.of;

@@ -9,6 +9,7 @@ use crate::domain::schedule::{Caps, Schedule};
 use crate::jobs::queue::Queue;
 use crate::net::outbound::{Egress, Outbound};
 use crate::net::{LimitValues, Limits, Net};
+use crate::pg::bgworker::Waiter;
 use crate::pg::guc::{self, Executor, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
@@ -57,7 +58,7 @@ pub fn main(slot: usize) -> i32 {
     let descriptors = bgworker::raise_descriptor_limit();
     let settings = settings(descriptors);
     let limits = Arc::new(Limits::new(limit_values(&settings)));
-    let started = Outbound::new(egress(&settings)).and_then(|outbound| {
+    let started = Outbound::new(egress(&settings, descriptors)).and_then(|outbound| {
         let outbound = Arc::new(outbound);
         let net = bgworker::with_signals_blocked(|| Net::start(Arc::clone(&limits), Arc::clone(&outbound)));
         Ok((outbound, net.map_err(|problem| problem.to_string())?))
@@ -83,6 +84,7 @@ pub fn main(slot: usize) -> i32 {
         holder,
         leases: 0,
         queue,
+        waiter: Waiter::new(net.wake_descriptor()),
         net,
         outbound,
         limits,
@@ -146,12 +148,14 @@ pub fn limit_values(settings: &WorkerSettings) -> LimitValues {
 }
 
 /// What requests go by; a file that cannot be read leaves the system's authorities.
-pub fn egress(settings: &WorkerSettings) -> Egress {
+pub fn egress(settings: &WorkerSettings, descriptors: usize) -> Egress {
     let authorities = guc::ca_file().map_or_else(Vec::new, |path| {
         std::fs::read(&path).unwrap_or_else(|problem| {
             log!("nexus_hub: nexus_hub.ca_file {} cannot be read: {problem}", path.display());
             Vec::new()
         })
     });
-    Egress { policy: guc::egress_policy(), authorities, max_idle: settings.max_in_flight }
+    // What is kept for later requests must leave room for as many as may be in flight.
+    let most_open = descriptors.saturating_sub(settings.max_in_flight + OTHER_DESCRIPTORS / 2);
+    Egress { policy: guc::egress_policy(), authorities, max_idle: settings.max_in_flight, most_open }
 }

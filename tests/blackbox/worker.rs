@@ -494,3 +494,30 @@ fn keys_that_a_reload_finds_broken_are_logged() {
     wait_until("the log says so", || cluster.log().contains("line 1 is not 64 hex characters"));
     assert!(!cluster.log().contains("c0ffee"));
 }
+
+#[test]
+fn few_descriptors_fail_no_job() {
+    let cluster = Cluster::create(&[
+        "nexus_hub.max_in_flight = 4000",
+        "max_files_per_process = 100",
+        "nexus_hub.egress_allow = '127.0.0.0/8'",
+    ]);
+    cluster.start_with_descriptors(1024);
+    // A thousand hosts, each of which leaves a connection behind that is kept for a while.
+    let server = FakeServer::start_at("0.0.0.0:0", |_| Some(Answer::json("{}")));
+    let port = server.url.rsplit(':').next().expect("a port").trim_end_matches('/').to_owned();
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .execute(
+            "INSERT INTO job_results (job_type, params)
+             SELECT 'http_request', jsonb_build_object('url', format('http://127.0.%s.%s:%s/', n / 250, 1 + n % 250, $1::text))
+               FROM generate_series(1, 1000) n, generate_series(1, 3)",
+            &[&port],
+        )
+        .expect("INSERT");
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 3_000);
+    let failed: Option<String> = value(&mut client, "SELECT string_agg(DISTINCT error, chr(10)) FROM job_attempts");
+    assert_eq!(failed, None, "every job at its first attempt: {}", cluster.log());
+    assert!(!cluster.log().contains("out of file descriptors"), "PostgreSQL's own files have theirs");
+}

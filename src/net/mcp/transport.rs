@@ -99,16 +99,14 @@ impl Transport {
     /// to another, and a call that becomes a GET is none.
     async fn send(&self, mut request: Request) -> Result<Response, Failure> {
         for _ in 0..=self.limits.max_redirects() {
-            let again = request.try_clone();
             let url = request.url().clone();
-            let response = self.outbound.send(request).await?;
+            let response = self.outbound.send(|| copy(&request)).await?;
             let Some(next) = redirect(&url, &response)? else { return Ok(response) };
             let elsewhere = next.origin() != url.origin();
             if elsewhere || !matches!(response.status().as_u16(), 307 | 308) {
                 let place = if elsewhere { next.origin().ascii_serialization() } else { "another path".into() };
                 return Err(Failure::Redirect(format!("it leads to {place}; is that the server's URL?")));
             }
-            request = again.ok_or_else(|| Failure::Internal("a request's body cannot be sent twice".into()))?;
             *request.url_mut() = next;
         }
         Err(Failure::Redirect(format!("there are more than {} of them", self.limits.max_redirects())))
@@ -261,6 +259,11 @@ fn call_tag(message: &ClientJsonRpcMessage) -> Option<CallTag> {
     }
 }
 
+/// The same request. Its body is a text, or there is none.
+fn copy(request: &Request) -> Request {
+    request.try_clone().unwrap_or_else(|| Request::new(request.method().clone(), request.url().clone()))
+}
+
 fn request(method: Method, uri: &str, session: Option<&str>, headers: Headers) -> Result<Request, Failed> {
     let bad = |what: &str| Failed::from(Failure::BadRequest(format!("the request cannot be built: {what}")));
     let url = Url::parse(uri).map_err(|_| bad("the URL"))?;
@@ -303,7 +306,8 @@ impl StreamableHttpClient for Transport {
         _auth_header: Option<String>,
         custom_headers: Headers,
     ) -> Result<(), Failed> {
-        self.outbound.send(request(Method::DELETE, &uri, Some(&session_id), custom_headers)?).await?;
+        let request = request(Method::DELETE, &uri, Some(&session_id), custom_headers)?;
+        self.outbound.send(|| copy(&request)).await?;
         Ok(())
     }
 
@@ -327,7 +331,7 @@ impl StreamableHttpClient for Transport {
         if let Ok(last_event_id) = HeaderValue::from_str(&last_event_id) {
             request.headers_mut().insert(LAST_EVENT_ID, last_event_id);
         }
-        let response = self.outbound.send(request).await;
+        let response = self.outbound.send(|| copy(&request)).await;
         let failure = match response {
             Ok(response) if response.status().is_success() && content_type(&response).starts_with(EVENT_STREAM) => {
                 return Ok(self.events(response, noted, Some(Held::default())));

@@ -122,8 +122,16 @@ impl Cluster {
 
     /// Starts a cluster made by [`Cluster::create`] with a variable in the server's environment.
     pub fn start_with_environment(&self, name: &str, value: &str) {
-        run(as_server_user(Path::new("env"))
-            .arg(format!("{name}={value}"))
+        self.start_under(as_server_user(Path::new("env")).arg(format!("{name}={value}")));
+    }
+
+    /// Starts a cluster made by [`Cluster::create`] whose processes may have so many files open.
+    pub fn start_with_descriptors(&self, limit: u32) {
+        self.start_under(as_server_user(Path::new("prlimit")).arg(format!("--nofile={limit}:{limit}")));
+    }
+
+    fn start_under(&self, command: &mut Command) {
+        run(command
             .arg(self.bin.join("pg_ctl"))
             .arg("-D")
             .arg(self.dir.join("data"))
