@@ -51,14 +51,31 @@ pub fn chunks(
 
 /// A response's whole body.
 pub async fn read(response: Response, limits: &Arc<Limits>, held: &Held) -> Result<Vec<u8>, Failure> {
+    check_length(&response, limits)?;
+    read_up_to(response, usize::MAX, limits, held).await
+}
+
+/// Fails where the head of a response says that its body is larger than allowed.
+pub fn check_length(response: &Response, limits: &Limits) -> Result<(), Failure> {
     let limit = limits.max_response_bytes();
-    if response.content_length().is_some_and(|length| length > limit as u64) {
-        return Err(Failure::TooLarge { limit });
-    }
+    let is_too_large = response.content_length().is_some_and(|length| length > limit as u64);
+    if is_too_large { Err(Failure::TooLarge { limit }) } else { Ok(()) }
+}
+
+/// The beginning of a response's body: what comes after `most` bytes is not waited for.
+pub async fn read_up_to(
+    response: Response,
+    most: usize,
+    limits: &Arc<Limits>,
+    held: &Held,
+) -> Result<Vec<u8>, Failure> {
     let mut body = Vec::new();
     let mut chunks = Box::pin(chunks(response, limits, held));
-    while let Some(chunk) = chunks.next().await {
-        body.extend_from_slice(&chunk?);
+    while body.len() < most
+        && let Some(chunk) = chunks.next().await
+    {
+        let chunk = chunk?;
+        body.extend_from_slice(&chunk[..chunk.len().min(most - body.len())]);
     }
     Ok(body)
 }

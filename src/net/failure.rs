@@ -24,6 +24,8 @@ pub enum Failure {
     Resolve { host: String },
     /// No connection came about.
     Connect { authority: String, reason: String },
+    /// The host's certificate is not one to trust.
+    Untrusted { authority: String, reason: String },
     /// The connection broke before the answer was whole.
     Broken(String),
     /// The time was over.
@@ -50,6 +52,10 @@ impl std::fmt::Display for Failure {
             Failure::Redirect(problem) => write!(f, "the redirect was not followed: {problem}"),
             Failure::Resolve { host } => write!(f, "could not find the host \"{host}\""),
             Failure::Connect { authority, reason } => write!(f, "could not connect to {authority}: {reason}"),
+            Failure::Untrusted { authority, reason } => {
+                write!(f, "the certificate of {authority} is not trusted: {reason}")?;
+                f.write_str(" (authorities besides the system's: nexus_hub.ca_file)")
+            }
             Failure::Broken(reason) => write!(f, "the connection broke before the answer was complete: {reason}"),
             Failure::Timeout(time) => write!(f, "timed out: no answer within {} ms", time.as_millis()),
             Failure::Status { status, body, .. } => {
@@ -87,9 +93,11 @@ impl Failure {
     /// Whether the same request may succeed later.
     pub fn retry(&self) -> Retry {
         match self {
-            Failure::Resolve { .. } | Failure::Connect { .. } | Failure::Broken(_) | Failure::Timeout(_) => {
-                Retry::Later
-            }
+            Failure::Resolve { .. }
+            | Failure::Connect { .. }
+            | Failure::Untrusted { .. }
+            | Failure::Broken(_)
+            | Failure::Timeout(_) => Retry::Later,
             Failure::Status { status, retry_after, .. } => retry(*status, *retry_after),
             _ => Retry::Never,
         }
@@ -155,13 +163,19 @@ impl From<reqwest::Error> for Failure {
             },
         );
         let host = error.url().and_then(|url| url.host_str()).unwrap_or("the server").to_owned();
+        // The resolver's refusal comes wrapped in what looks like a name that was not found.
+        if let Some(denied) = causes(&error).find_map(|cause| cause.downcast_ref::<Denied>()) {
+            return Failure::Denied { host, what: denied.what };
+        }
+        if let Some(problem) = causes(&error).find_map(|cause| cause.downcast_ref::<rustls::Error>())
+            && let rustls::Error::InvalidCertificate(problem) = problem
+        {
+            return Failure::Untrusted { authority, reason: words(&problem.to_string()) };
+        }
         let mut reason = String::new();
         let mut source: Option<&dyn std::error::Error> = std::error::Error::source(&error);
         while let Some(cause) = source {
             reason = cause.to_string();
-            if let Some(denied) = cause.downcast_ref::<Denied>() {
-                return Failure::Denied { host, what: denied.what };
-            }
             if reason.contains("dns error") || reason.contains("failed to lookup address") {
                 return Failure::Resolve { host };
             }
@@ -187,6 +201,15 @@ impl From<reqwest::Error> for Failure {
             Failure::Broken(words(if reason.is_empty() { "no reason given" } else { &reason }))
         }
     }
+}
+
+/// What an error was caused by, the outermost first; an I/O error hides the cause it carries.
+fn causes<'a>(error: &'a reqwest::Error) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    let inner = |cause: &&'a (dyn std::error::Error + 'static)| match cause.downcast_ref::<std::io::Error>() {
+        Some(io) => io.get_ref().map(|inner| inner as &(dyn std::error::Error + 'static)),
+        None => cause.source(),
+    };
+    std::iter::successors(std::error::Error::source(error), inner)
 }
 
 fn plain_io_reason(kind: std::io::ErrorKind) -> Option<&'static str> {

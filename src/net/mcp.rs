@@ -17,6 +17,7 @@ use rmcp::model::{
 use rmcp::service::{PeerRequestOptions, ServiceError};
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use std::time::Duration;
 use tag::CallTag;
 use tokio::sync::oneshot;
@@ -129,18 +130,19 @@ fn describe(error: ServiceError, time: Duration) -> Failure {
 /// The parts of a result that decide whether the job succeeded.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Gist {
+struct Gist<'a> {
     #[serde(default)]
     is_error: Option<bool>,
     #[serde(default)]
     result_type: Option<String>,
-    #[serde(default)]
-    content: Value,
+    /// Looked into only where it is an error's text.
+    #[serde(default, borrow)]
+    content: Option<&'a RawValue>,
 }
 
 fn judge(result: String) -> Result<Verdict, Failure> {
     // serde would read the members from an array, too.
-    let gist: Option<Gist> =
+    let gist: Option<Gist<'_>> =
         if result.trim_start().starts_with('{') { serde_json::from_str(&result).ok() } else { None };
     let gist = gist.ok_or_else(|| Failure::NotMcp("the result is not an object of the expected form".into()))?;
     let failed = |error: String, result| Ok(Verdict::Failed { error, result: Some(result) });
@@ -157,13 +159,19 @@ fn judge(result: String) -> Result<Verdict, Failure> {
         }
     }
     if gist.is_error == Some(true) {
-        return failed(error_text(&gist.content), result);
+        let error = error_text(gist.content.map_or("", RawValue::get));
+        return failed(error, result);
     }
     Ok(Verdict::Completed { result })
 }
 
+/// A content above this size is not searched for the text of an error.
+const MAX_ERROR_CONTENT: usize = 1024 * 1024;
+
 /// The texts of a tool's error, joined.
-fn error_text(content: &Value) -> String {
+fn error_text(content: &str) -> String {
+    let short = Some(content).filter(|content| content.len() <= MAX_ERROR_CONTENT);
+    let content: Value = short.and_then(|content| serde_json::from_str(content).ok()).unwrap_or_default();
     let texts: Vec<&str> = content
         .as_array()
         .into_iter()

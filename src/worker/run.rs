@@ -11,7 +11,7 @@ use crate::jobs::queue::{ClaimedJob, Queue};
 use crate::net::outbound::Outbound;
 use crate::net::{Ending, Limits, Net, Retry, ThreadGone, Verdict};
 use crate::pg::bgworker::Waiter;
-use crate::pg::guc::WorkerSettings;
+use crate::pg::guc::{Executor, WorkerSettings};
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
 use crate::vault;
@@ -383,7 +383,9 @@ impl Worker {
         if let Err(problem) = self.outbound.configure(start::egress(&self.settings, self.descriptors)) {
             log!("nexus_hub: {problem}; requests go as before");
         }
-        self.outdated |= self.settings.workers != self.place.of;
+        // The executor's URL and key may have changed, too.
+        let is_edge = self.edge.is_some() || self.settings.executor == Executor::Edge;
+        self.outdated |= self.settings.workers != self.place.of || is_edge;
         // The poll looks whether the database's settings have changed, too.
         self.next_poll = Instant::now();
         if let Some(problem) = vault::problem() {

@@ -16,6 +16,12 @@ impl Noted {
         self.0.1.notify_one();
     }
 
+    /// Notes a failure, unless one was noted before, which explains this one.
+    pub fn set_first(&self, failure: Failure) {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
+        self.0.1.notify_one();
+    }
+
     /// The failure, if one was noted.
     pub fn take(&self) -> Option<Failure> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).take()

@@ -18,11 +18,17 @@ use rmcp::transport::streamable_http_client::{
 };
 use sse_stream::{Sse, SseStream};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+/// Bytes of an answer that is not that of a job's call.
+const MAX_HANDSHAKE: usize = 1024 * 1024;
+/// Bytes of a refusal that are looked at.
+const MAX_REFUSAL: usize = 64 * 1024;
 const JSON: &str = "application/json";
 const EVENT_STREAM: &str = "text/event-stream";
 const ACCEPTED_KINDS: &str = "application/json, text/event-stream";
@@ -81,7 +87,19 @@ impl Transport {
         }
         let held = tag.map(|tag| tag.held).unwrap_or_default();
         let retry_after = retry_after(&response);
-        let body = body::read(response, &self.limits, &held).await?;
+        // The library makes far more of an answer's text than it is long, and our own words of a refusal are few.
+        let most = match (is_call, status.is_success()) {
+            (true, true) => usize::MAX,
+            (false, true) => MAX_HANDSHAKE,
+            (_, false) => MAX_REFUSAL,
+        };
+        if status.is_success() {
+            body::check_length(&response, &self.limits)?;
+        }
+        let body = body::read_up_to(response, most, &self.limits, &held).await?;
+        if status.is_success() && body.len() == most {
+            return Err(Failure::NotMcp(format!("its answer to the handshake is larger than {most} bytes")).into());
+        }
         let text = String::from_utf8_lossy(&body);
         if !status.is_success() {
             return refused(message, status, retry_after, &text, has_session, session);
@@ -119,7 +137,15 @@ impl Transport {
         let note = noted.clone();
         let capped = body::chunks(response, &self.limits, &held.unwrap_or_default());
         let capped = capped.map(move |chunk| chunk.inspect_err(|failure| note.set(failure.clone())));
-        let mut place = Place { resumable: Arc::clone(&self.resumable), last_event: None, answered: false, noted };
+        // Reached only when the server has ended the stream, not when somebody lets go of it.
+        let is_over = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&is_over);
+        let capped = capped.chain(futures::stream::poll_fn(move |_| {
+            over.store(true, Relaxed);
+            Poll::Ready(None)
+        }));
+        let mut place =
+            Place { resumable: Arc::clone(&self.resumable), last_event: None, answered: false, is_over, noted };
         SseStream::from_bytes_stream(capped)
             .map_ok(move |mut event| {
                 place.pass(&event);
@@ -142,6 +168,7 @@ struct Place {
     resumable: Arc<Mutex<HashMap<String, Noted>>>,
     last_event: Option<String>,
     answered: bool,
+    is_over: Arc<AtomicBool>,
     noted: Noted,
 }
 
@@ -164,8 +191,8 @@ impl Drop for Place {
             Some(id) if self.answered => {
                 self.resumable.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
             }
-            None if !self.answered => {
-                self.noted.set(Failure::Broken("the server ended the stream without an answer".into()));
+            None if !self.answered && self.is_over.load(Relaxed) => {
+                self.noted.set_first(Failure::Broken("the server ended the stream without an answer".into()));
             }
             _ => {}
         }
