@@ -245,12 +245,31 @@ fn a_standby_has_no_worker_and_gets_one_with_its_promotion() {
     // Reading works there, waiting included.
     let status: String = value(&mut client, "SELECT status FROM wait_for_job((SELECT id FROM job_results), 1000)");
     assert_eq!(status, "completed");
+    // Jobs that are in flight when the primary is lost, and one that waits.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("http://{}/", silent.local_addr().expect("an address"));
+    database
+        .connect()
+        .batch_execute(&format!(
+            "SELECT http_get('{url}') FROM generate_series(1, 20); SELECT http_get('{}', run_at => now() + interval '1 second')",
+            server.url
+        ))
+        .expect("http_get");
+    let requests: Vec<_> = (0..20).map(|_| silent.accept().expect("the request")).collect();
+    wait_until("the standby knows that they run", || count_jobs(&mut client, "running") == 20);
     drop(client);
     primary.pg_ctl(&["stop", "-m", "immediate"]);
+    drop((requests, silent));
+    let answering =
+        FakeServer::start_at(url.trim_start_matches("http://").trim_end_matches('/'), |_| Some(Answer::json("{}")));
     standby.pg_ctl(&["promote"]);
     let mut client = standby.connect(&database.name);
     run_http(&mut client, json!({"url": server.url})).completed();
-    assert!(!standby.log().contains("nexus_hub:"), "{}", standby.log());
+    wait_until("they have run again", || count_jobs(&mut client, "completed") == 23);
+    assert_eq!(answering.requests().len(), 20);
+    let log = standby.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("nexus_hub:")).collect();
+    assert!(lines.iter().all(|line| line.contains("gave back 20 jobs")) && lines.len() == 1, "{lines:?}");
 }
 
 #[test]
