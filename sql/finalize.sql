@@ -33,6 +33,7 @@ BEGIN
             _nexus_hub.await_job(uuid, integer),
             _nexus_hub.check_job_options(integer, timestamptz, integer, integer, text, boolean),
             _nexus_hub.job_of_key(uuid, text),
+            _nexus_hub.job_of_key_gone(text),
             _nexus_hub.cancel_unfinished_job(uuid),
             _nexus_hub.retry_finished_jobs(uuid[])
             TO ' || grantee;

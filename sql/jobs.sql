@@ -18,10 +18,13 @@ CREATE TABLE @extschema@.job_results (
     job_type text NOT NULL
         CONSTRAINT job_results_job_type_known
         CHECK (job_type IN ('tool_invoke', 'resource_fetch', 'prompt_execute', 'http_request')),
-    server_id text,
-    tool_name text,
+    server_id text
+        CONSTRAINT job_results_server_id_length CHECK (length(server_id) <= 200),
+    tool_name text
+        CONSTRAINT job_results_tool_name_length CHECK (length(tool_name) <= 200),
     params jsonb NOT NULL DEFAULT '{}'
-        CONSTRAINT job_results_params_object CHECK (jsonb_typeof(params) = 'object'),
+        CONSTRAINT job_results_params_object CHECK (jsonb_typeof(params) = 'object')
+        CONSTRAINT job_results_params_size CHECK (pg_column_size(params) <= 16777216),
     status text NOT NULL DEFAULT 'pending'
         CONSTRAINT job_results_status_known
         CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled')),
@@ -69,13 +72,15 @@ CREATE TABLE @extschema@.job_results (
     autovacuum_vacuum_scale_factor = 0.02,
     autovacuum_vacuum_cost_delay = 0
 );
+-- The worker bounds what it claims at a time by the size of the arguments, which is not to be had of compressed ones.
+ALTER TABLE @extschema@.job_results ALTER COLUMN params SET STORAGE EXTERNAL;
 COMMENT ON TABLE @extschema@.job_results IS 'Background jobs and their results. Any committed row with status pending is run by the worker.';
 COMMENT ON COLUMN @extschema@.job_results.id IS 'The job''s id (UUIDv7), also sent as Idempotency-Key with its requests.';
 COMMENT ON COLUMN @extschema@.job_results.user_id IS 'The user whose job it is: who may see it, and whose servers it uses. NULL: nobody''s, system servers only.';
 COMMENT ON COLUMN @extschema@.job_results.job_type IS 'tool_invoke, resource_fetch, prompt_execute (MCP, by server_id) or http_request (plain HTTP, not for users).';
 COMMENT ON COLUMN @extschema@.job_results.server_id IS 'The MCP server: looked up among the user''s enabled user_servers, then among enabled system_servers.';
-COMMENT ON COLUMN @extschema@.job_results.tool_name IS 'tool_invoke: the tool; prompt_execute: the prompt.';
-COMMENT ON COLUMN @extschema@.job_results.params IS 'A JSON object. tool_invoke, prompt_execute: the arguments; resource_fetch: {"uri": …}; http_request: {"url": …, "method": …, "headers": {…}, "body": …, "timeout_ms": …}.';
+COMMENT ON COLUMN @extschema@.job_results.tool_name IS 'tool_invoke: the tool; prompt_execute: the prompt. Up to 200 characters.';
+COMMENT ON COLUMN @extschema@.job_results.params IS 'A JSON object of up to 16 MB. tool_invoke, prompt_execute: the arguments; resource_fetch: {"uri": …}; http_request: {"url": …, "method": …, "headers": {…}, "body": …, "timeout_ms": …}.';
 COMMENT ON COLUMN @extschema@.job_results.status IS 'pending (waits), running, completed, failed or cancelled.';
 COMMENT ON COLUMN @extschema@.job_results.result IS 'MCP: the result object as the server sent it; http_request: {"status", "headers", "body" or "body_base64"}.';
 COMMENT ON COLUMN @extschema@.job_results.error IS 'Why the job failed, for people.';
@@ -90,7 +95,7 @@ COMMENT ON COLUMN @extschema@.job_results.max_attempts IS 'Attempts that are mad
 COMMENT ON COLUMN @extschema@.job_results.attempt IS 'How often the job was started, in crashes of the worker, too.';
 COMMENT ON COLUMN @extschema@.job_results.crashes IS 'How often a worker was gone while it ran the job; these do not count towards max_attempts. At nexus_hub.max_crashes the job is set aside as failed.';
 COMMENT ON COLUMN @extschema@.job_results.idempotency_key IS '1 to 255 characters, unique for the user: create_job with the same key gives this job''s id instead of a second job. Not what is sent: that is the job''s id.';
-COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the server_id, or the host and port of an http_request''s URL. Jobs of one target and user wait in one lane.';
+COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the server_id, or the host and port of an http_request''s URL (with the scheme before them where it is not the usual one of the port). Jobs of one target and user wait in one lane.';
 
 CREATE INDEX job_results_pending ON @extschema@.job_results (priority, run_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';
@@ -273,6 +278,12 @@ AS 'MODULE_PATHNAME', 'await_job_wrapper';
 COMMENT ON FUNCTION _nexus_hub.await_job(uuid, integer) IS
     'Blocks until a job is finished or the milliseconds have passed. The caller has been found entitled to it.';
 
+CREATE FUNCTION _nexus_hub.job_of_key_gone(idempotency_key text) RETURNS uuid
+LANGUAGE c VOLATILE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'job_of_key_gone_wrapper';
+COMMENT ON FUNCTION _nexus_hub.job_of_key_gone(text) IS
+    'Raises 40001: the job that had the key was deleted while a new one was to be made; the same call will succeed.';
+
 CREATE FUNCTION _nexus_hub.cancel_unfinished_job(p_job_id uuid) RETURNS boolean
 LANGUAGE sql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -333,7 +344,8 @@ BEGIN ATOMIC
         ON CONFLICT DO NOTHING
         RETURNING id)
     SELECT coalesce((SELECT id FROM added),
-                    _nexus_hub.job_of_key(coalesce(p_user_id, @extschema@.nexus_hub_uid()), p_idempotency_key));
+                    _nexus_hub.job_of_key(coalesce(p_user_id, @extschema@.nexus_hub_uid()), p_idempotency_key),
+                    _nexus_hub.job_of_key_gone(p_idempotency_key));
 END;
 COMMENT ON FUNCTION @extschema@.create_job(uuid, text, text, text, jsonb, integer, timestamptz, integer, integer, text) IS
     'Adds a job, to be run when this transaction commits, and returns its id. p_user_id: whose job (NULL: the caller''s nexus_hub_uid()). p_job_type: tool_invoke, resource_fetch, prompt_execute or http_request. p_server_id: the MCP server. p_tool_name: the tool or prompt. p_params: the arguments; resource_fetch: {"uri"}; http_request: {"url", …}. p_priority: 1 (first) to 9 (last), users 5 or more (NULL: 5). p_run_at: not before this time. p_timeout_ms: what an attempt may take, 1 to 3600000. p_max_attempts: 1 to 100 (NULL: 5 for http_request, 3 for resource_fetch and prompt_execute, 1 for tool_invoke). p_idempotency_key: 1 to 255 characters; the same key of the same user gives back the first job''s id. Errors: 22023 bad argument, 42501 not the caller''s own, not for users, or denied by the egress policy.';
@@ -510,23 +522,24 @@ $$;
 -- all of it when it has millions of rows. A join can go wrong in more ways, so that of complete_jobs is planned anew.
 
 CREATE FUNCTION _nexus_hub.read_pending(p_priorities smallint[], p_run_ats timestamptz[], p_ids uuid[], p_limits integer[], p_worker integer, p_workers integer)
-RETURNS TABLE (read integer, run_at timestamptz, id uuid, user_id uuid, is_mcp boolean, target text)
+RETURNS TABLE (read integer, run_at timestamptz, id uuid, user_id uuid, is_mcp boolean, target text, bytes integer)
 -- STABLE, with neither SET nor SECURITY DEFINER: inlined into the worker's statement.
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-    SELECT r.read::integer, p.run_at, p.id, p.user_id, p.is_mcp, p.target
+    -- The share is looked at after the limit, or a worker would read all jobs of the others in search of its own.
+    SELECT r.read::integer, p.run_at, p.id, p.user_id, p.is_mcp,
+           CASE WHEN p_workers = 1 OR (hashtext(p.target)::bigint + 2147483648) % p_workers = p_worker THEN p.target END, p.bytes
       FROM unnest(p_priorities, p_run_ats, p_ids, p_limits) WITH ORDINALITY AS r (priority, run_at, id, rows, read)
      CROSS JOIN LATERAL (
-               SELECT j.run_at, j.id, j.user_id, j.job_type <> 'http_request' AS is_mcp, j.target
+               SELECT j.run_at, j.id, j.user_id, j.job_type <> 'http_request' AS is_mcp, j.target, pg_column_size(j.params) AS bytes
                  FROM @extschema@.job_results j
                 WHERE j.status = 'pending' AND j.priority = r.priority
                   AND (j.run_at, j.id) >= (r.run_at, r.id) AND j.run_at <= now()
-                  AND (p_workers = 1 OR (hashtext(j.target)::bigint + 2147483648) % p_workers = p_worker)
                 ORDER BY j.run_at, j.id
                 LIMIT r.rows) p;
 END;
 COMMENT ON FUNCTION _nexus_hub.read_pending(smallint[], timestamptz[], uuid[], integer[], integer, integer) IS
-    'Due pending jobs: for each of several reads (numbered from 1) of one priority, those at or after a position, in their order, at most so many. Of the database''s p_workers workers each sees the targets that are its own.';
+    'Due pending jobs: for each of several reads (numbered from 1) of one priority, those at or after a position, in their order, at most so many. Of the database''s p_workers workers each sees the targets that are its own; others are NULL.';
 
 CREATE FUNCTION _nexus_hub.next_due() RETURNS double precision
 LANGUAGE sql STABLE
@@ -586,10 +599,10 @@ $$;
 COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, uuid[], boolean) IS
     'Takes those of the jobs p_ids that are still pending and due, under the lease p_lease, together with their server''s config. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
 
-CREATE FUNCTION _nexus_hub.lost_jobs(p_ids uuid[], p_leases uuid[]) RETURNS SETOF uuid
+CREATE FUNCTION _nexus_hub.lost_jobs(p_ids uuid[], p_leases uuid[]) RETURNS TABLE (id uuid, lease uuid)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-    SELECT o.id
+    SELECT o.id, o.lease
       FROM unnest(p_ids, p_leases) AS o (id, lease)
      WHERE NOT EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = o.id AND j.lease = o.lease);
 END;
@@ -638,12 +651,13 @@ COMMENT ON FUNCTION _nexus_hub.write_outcomes(uuid[], uuid[], text[], text[], te
 
 CREATE FUNCTION _nexus_hub.complete_jobs(p_ids uuid[], p_leases uuid[], p_statuses text[], p_results text[], p_errors text[],
                                          p_http_statuses integer[], p_delays_ms bigint[])
-RETURNS SETOF uuid
+RETURNS TABLE (id uuid, lease uuid)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 SET lock_timeout = '20ms'
 AS $$
+#variable_conflict use_column
 BEGIN
     BEGIN
         PERFORM _nexus_hub.write_outcomes(p_ids, p_leases, p_statuses, p_results, p_errors, p_http_statuses, p_delays_ms);
@@ -658,7 +672,7 @@ BEGIN
           WHERE j.id = p_ids[i] AND j.status = 'running' AND j.lease = p_leases[i]
             FOR NO KEY UPDATE SKIP LOCKED;
         IF NOT FOUND THEN
-            RETURN QUERY SELECT j.id FROM _nexus_hub.job_results j
+            RETURN QUERY SELECT j.id, j.lease FROM _nexus_hub.job_results j
               WHERE j.id = p_ids[i] AND j.status = 'running' AND j.lease = p_leases[i];
             CONTINUE;
         END IF;
@@ -719,7 +733,7 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION _nexus_hub.held_leases() IS 'The leases of all running jobs.';
 
-CREATE FUNCTION _nexus_hub.write_breakers(p_worker integer, p_hosts text[], p_states text[], p_failures integer[], p_probe_in_ms bigint[], p_errors text[])
+CREATE FUNCTION _nexus_hub.write_breakers(p_worker integer, p_workers integer, p_hosts text[], p_states text[], p_failures integer[], p_probe_in_ms bigint[], p_errors text[])
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -727,16 +741,21 @@ AS $$
 BEGIN
     -- No hosts: the worker starts, with all of them closed.
     DELETE FROM _nexus_hub.circuit_breakers b
-     WHERE b.worker = p_worker
-       AND (p_hosts IS NULL OR EXISTS (SELECT FROM unnest(p_hosts, p_states) AS c (host, state)
-                                        WHERE c.host = b.host AND c.state = 'closed'));
+     WHERE CASE
+               WHEN p_hosts IS NULL THEN b.worker = p_worker OR b.worker >= p_workers
+               ELSE b.worker = p_worker AND EXISTS (SELECT FROM unnest(p_hosts, p_states) AS c (host, state)
+                                                     WHERE c.host = b.host AND c.state = 'closed')
+           END;
     INSERT INTO _nexus_hub.circuit_breakers AS b (host, worker, state, failures, probe_at, error)
     SELECT c.host, p_worker, c.state, c.failures, clock_timestamp() + c.probe_in_ms * interval '1 millisecond', c.error
       FROM unnest(p_hosts, p_states, p_failures, p_probe_in_ms, p_errors) AS c (host, state, failures, probe_in_ms, error)
      WHERE c.state <> 'closed'
     ON CONFLICT (host, worker) DO UPDATE
        SET state = excluded.state, failures = excluded.failures, probe_at = excluded.probe_at, error = excluded.error;
+EXCEPTION WHEN OTHERS THEN
+    -- What is only shown must not keep outcomes from being written.
+    RAISE LOG 'nexus_hub: circuit_breakers could not be written: %', SQLERRM;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.write_breakers(integer, text[], text[], integer[], bigint[], text[]) IS
+COMMENT ON FUNCTION _nexus_hub.write_breakers(integer, integer, text[], text[], integer[], bigint[], text[]) IS
     'Shows how the circuit breakers of a worker''s hosts stand now, those that changed; NULL for p_hosts: all are closed.';

@@ -30,7 +30,7 @@ CREATE TABLE @extschema@.user_servers (
     transport text NOT NULL DEFAULT 'http'
         CONSTRAINT user_servers_transport_known CHECK (transport = 'http'),
     config_encrypted bytea
-        CONSTRAINT user_servers_config_encrypted_length CHECK (octet_length(config_encrypted) >= 28),
+        CONSTRAINT user_servers_config_encrypted_length CHECK (octet_length(config_encrypted) BETWEEN 28 AND 100000),
     enabled boolean NOT NULL DEFAULT true,
     rate_limit_per_minute integer
         CONSTRAINT user_servers_rate_limit_range CHECK (rate_limit_per_minute >= 0),

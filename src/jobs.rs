@@ -74,6 +74,14 @@ fn check_job_options(
     Ok(())
 }
 
+/// Raises the error of an idempotency key whose job went away.
+#[pg_extern(sql = false)]
+fn job_of_key_gone(idempotency_key: Option<&str>) -> Result<Option<pgrx::Uuid>, ErrorReport> {
+    let key = idempotency_key.unwrap_or_default();
+    Err(error(Kind::Conflict, format!("the job with the idempotency key \"{key}\" was deleted meanwhile"))
+        .set_hint("Try again."))
+}
+
 /// The host and port that a URL leads to; empty for what is no URL.
 #[pg_extern(sql = false, immutable, parallel_safe, strict)]
 fn url_authority(url: &str) -> String {

@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 use reqwest::Url;
 
 const MAX_SERVER_ID_LENGTH: usize = 200;
+const MAX_CONFIG_BYTES: usize = 64 * 1024;
 
 /// The owner of a new server or job; see the function's COMMENT.
 #[pg_extern(sql = false)]
@@ -61,6 +62,12 @@ fn server_id(server_id: Option<&str>) -> Result<String, ErrorReport> {
 #[pg_extern(sql = false)]
 fn seal_server_config(config: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let text = config.unwrap_or("null");
+    if text.len() > MAX_CONFIG_BYTES {
+        return Err(error(
+            Kind::TooLarge,
+            format!("the server config has {} bytes, and at most {MAX_CONFIG_BYTES} are allowed", text.len()),
+        ));
+    }
     let endpoint = Endpoint::parse(text).map_err(|problem| {
         error(Kind::BadArgument, format!("bad server config: {problem}")).set_hint(
             "A config is {\"url\": \"https://host/mcp\", \"headers\": {\"Authorization\": \"Bearer …\"}, \"timeout_ms\": 30000}; only url is required.",

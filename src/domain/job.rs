@@ -83,6 +83,9 @@ fn misfit(problem: impl Into<String>, advice: &'static str) -> Result<JobType, M
     Err(Misfit { problem: problem.into(), advice })
 }
 
+/// Characters that a server's or tool's name may have.
+const MAX_NAME_LENGTH: usize = 200;
+
 /// Checks a job's fields as the table's constraints do, but with texts that help. `has_param` tells whether
 /// `params` has a key with a text.
 pub fn check(
@@ -102,6 +105,13 @@ pub fn check(
     let missing = |value: Option<&str>| value.is_none_or(str::is_empty);
     if !params_are_an_object {
         return misfit("p_params must be a JSON object", "Pass the arguments by name, such as {\"a\": 1}.");
+    }
+    for (name, value) in [("p_server_id", server_id), ("p_tool_name", tool_name)] {
+        let length = value.map_or(0, |value| value.chars().count());
+        if length > MAX_NAME_LENGTH {
+            let problem = format!("{name} must have {MAX_NAME_LENGTH} characters at most, not {length}");
+            return misfit(problem, "Pass the name alone; arguments belong into p_params.");
+        }
     }
     if kind != JobType::HttpRequest && missing(server_id) {
         return misfit("p_server_id is required for this job type", "list_servers() shows the servers there are.");

@@ -24,6 +24,9 @@ pub struct ClaimedJob {
     pub server: ServerRow,
 }
 
+/// A job, and the lease that it is held under.
+pub type Claim = (Uuid, Uuid);
+
 /// What is to be written of a job that was run.
 #[derive(Clone, Debug)]
 pub struct Completion {
@@ -33,6 +36,13 @@ pub struct Completion {
     pub http_status: Option<u16>,
     /// The job is not finished, but tried again after this time.
     pub retry_in: Option<Duration>,
+}
+
+impl Completion {
+    /// What the job is held under.
+    pub fn claim(&self) -> Claim {
+        (self.job, self.lease)
+    }
 }
 
 /// The job table, as the worker works with it. Statements are planned once and kept.
@@ -86,7 +96,7 @@ impl Queue {
             };
             Ok(Self {
                 read: prepare(
-                    "SELECT read, run_at, id, user_id, is_mcp, target FROM _nexus_hub.read_pending($1, $2, $3, $4, $5, $6)",
+                    "SELECT read, run_at, id, user_id, is_mcp, target, bytes FROM _nexus_hub.read_pending($1, $2, $3, $4, $5, $6)",
                     &[
                         Oids::INT2ARRAYOID,
                         Oids::TIMESTAMPTZARRAYOID,
@@ -108,7 +118,7 @@ impl Queue {
                     &[Oids::UUIDOID, Oids::UUIDARRAYOID, Oids::BOOLOID],
                 )?,
                 complete: prepare(
-                    "SELECT later FROM _nexus_hub.complete_jobs($1, $2, $3, $4, $5, $6, $7) AS later",
+                    "SELECT id, lease FROM _nexus_hub.complete_jobs($1, $2, $3, $4, $5, $6, $7)",
                     &[
                         Oids::UUIDARRAYOID,
                         Oids::UUIDARRAYOID,
@@ -120,14 +130,15 @@ impl Queue {
                     ],
                 )?,
                 lost: prepare(
-                    "SELECT lost FROM _nexus_hub.lost_jobs($1, $2) AS lost",
+                    "SELECT id, lease FROM _nexus_hub.lost_jobs($1, $2)",
                     &[Oids::UUIDARRAYOID, Oids::UUIDARRAYOID],
                 )?,
                 held: prepare("SELECT held FROM _nexus_hub.held_leases() AS held", &[])?,
                 release: prepare("SELECT _nexus_hub.release_jobs($1, $2)", &[Oids::UUIDARRAYOID, Oids::INT4OID])?,
                 breakers: prepare(
-                    "SELECT _nexus_hub.write_breakers($1, $2, $3, $4, $5, $6)",
+                    "SELECT _nexus_hub.write_breakers($1, $2, $3, $4, $5, $6, $7)",
                     &[
+                        Oids::INT4OID,
                         Oids::INT4OID,
                         Oids::TEXTARRAYOID,
                         Oids::TEXTARRAYOID,
@@ -180,14 +191,12 @@ impl Queue {
             for row in client.select(&self.read, None, &arguments)? {
                 let (read, run_at) = (row.get::<i32>(1)?, row.get::<TimestampWithTimeZone>(2)?);
                 let (Some(read), Some(run_at), Some(id)) = (read, run_at, row.get::<pgrx::Uuid>(3)?) else { continue };
-                let key = LaneKey {
-                    user: row.get::<pgrx::Uuid>(4)?.map(number),
-                    is_mcp: row.get(5)?.unwrap_or_default(),
-                    target: row.get(6)?.unwrap_or_default(),
-                };
+                let (user, is_mcp) = (row.get::<pgrx::Uuid>(4)?.map(number), row.get(5)?.unwrap_or_default());
+                let key = row.get(6)?.map(|target| LaneKey { user, target, is_mcp });
+                let bytes = row.get::<i32>(7)?.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or_default();
                 let position = Position { run_at: run_at.into(), id: number(id) };
                 if let Some(rows) = usize::try_from(read - 1).ok().and_then(|read| found.get_mut(read)) {
-                    rows.push(Row { position, key });
+                    rows.push(Row { position, bytes, key });
                 }
             }
             Ok(found)
@@ -246,9 +255,9 @@ impl Queue {
         })
     }
 
-    /// Writes outcomes of jobs that are still held under their leases. Returns the jobs whose rows somebody else
+    /// Writes outcomes of jobs that are still held under their leases. Returns those whose rows somebody else
     /// keeps locked: theirs must be written later.
-    pub fn complete(&self, completions: &[&Completion]) -> Result<Vec<Uuid>, SpiError> {
+    pub fn complete(&self, completions: &[&Completion]) -> Result<Vec<Claim>, SpiError> {
         let mut ids = Vec::with_capacity(completions.len());
         let mut leases = Vec::with_capacity(completions.len());
         let mut statuses = Vec::with_capacity(completions.len());
@@ -283,14 +292,14 @@ impl Queue {
                 http_statuses.into(),
                 delays.into(),
             ];
-            ids_of(client.update(&self.complete, None, &arguments)?)
+            claims_of(client.update(&self.complete, None, &arguments)?)
         })
     }
 
     /// Those of the jobs that are no longer held under their leases.
-    pub fn lost(&self, held: impl IntoIterator<Item = (Uuid, Uuid)>) -> Result<Vec<Uuid>, SpiError> {
+    pub fn lost(&self, held: impl IntoIterator<Item = Claim>) -> Result<Vec<Claim>, SpiError> {
         let (ids, leases): (Vec<_>, Vec<_>) = held.into_iter().map(|(job, lease)| (datum(job), datum(lease))).unzip();
-        Spi::connect(|client| ids_of(client.select(&self.lost, None, &[ids.into(), leases.into()])?))
+        Spi::connect(|client| claims_of(client.select(&self.lost, None, &[ids.into(), leases.into()])?))
     }
 
     /// The leases of all running jobs.
@@ -317,11 +326,26 @@ impl Queue {
         let delays: Vec<_> = changes.iter().map(|change| change.probe_in.as_millis() as i64).collect();
         let errors: Vec<_> = changes.iter().map(|change| change.error.as_str()).collect();
         Spi::connect_mut(|client| {
-            let arguments =
-                [self.share.0.into(), hosts.into(), states.into(), failures.into(), delays.into(), errors.into()];
+            let arguments = [
+                self.share.0.into(),
+                self.share.1.into(),
+                hosts.into(),
+                states.into(),
+                failures.into(),
+                delays.into(),
+                errors.into(),
+            ];
             client.update(&self.breakers, None, &arguments).map(drop)
         })
     }
+}
+
+fn claims_of(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Claim>, SpiError> {
+    let mut claims = Vec::new();
+    for row in rows {
+        claims.extend(row.get::<pgrx::Uuid>(1)?.map(id).zip(row.get::<pgrx::Uuid>(2)?.map(id)));
+    }
+    Ok(claims)
 }
 
 fn ids_of(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Uuid>, SpiError> {

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 /// Longest time-out a config or a job may ask for.
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
+/// Characters that a host name may have (RFC 1035, 2.3.4).
+const MAX_HOST_LENGTH: usize = 253;
 /// Most requests in flight that a config may allow.
 const MAX_IN_FLIGHT: u64 = 100_000;
 
@@ -50,10 +52,17 @@ impl Endpoint {
     }
 }
 
-/// The host and port of a URL, which also name it among hosts.
+/// The host and port of a URL, which also name it among hosts; the scheme goes before them where it is not the usual one
+/// of the port, because what fails over one need not fail over the other.
 pub fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
-    url.port_or_known_default().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+    let port = url.port_or_known_default().unwrap_or_default();
+    match (url.scheme(), port) {
+        ("https", 443) => format!("{host}:{port}"),
+        ("https", _) => format!("https://{host}:{port}"),
+        (_, 443) => format!("http://{host}:{port}"),
+        _ => format!("{host}:{port}"),
+    }
 }
 
 /// The same of a URL's text, empty where that is no URL. Worked out for every job that is written, so the usual ones
@@ -80,7 +89,8 @@ fn plain_authority(text: &str) -> Option<String> {
         !port.starts_with('0') && port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
     // Tabs and line ends would be taken out.
     let is_path = path.bytes().all(|byte| byte.is_ascii_graphic());
-    (is_host && is_port && is_path).then(|| format!("{host}:{port}"))
+    let is_usual = (port == "443") == (default_port == "443");
+    (is_host && is_port && is_path && is_usual && host.len() <= MAX_HOST_LENGTH).then(|| format!("{host}:{port}"))
 }
 
 /// What may be secret in a request's target: the values of its headers, and the password and query of its URL.
@@ -122,6 +132,9 @@ pub fn parse_url(text: &str) -> Result<Url, String> {
     let url = Url::parse(text.trim()).map_err(|problem| format!("\"url\" is not a valid URL: {problem}"))?;
     if !matches!(url.scheme(), "http" | "https") {
         return Err("\"url\" must begin with http:// or https://".into());
+    }
+    if url.host_str().is_some_and(|host| host.len() > MAX_HOST_LENGTH) {
+        return Err(format!("\"url\" has a host name of more than {MAX_HOST_LENGTH} characters"));
     }
     Ok(url)
 }
@@ -208,6 +221,9 @@ mod tests {
             "http://example.com:8080/x",
             "http://127.0.0.1:1/",
             "https://a.b-c.d:443/",
+            "https://a:80/",
+            "http://a:443/",
+            "https://a:8443/",
             "http://EXAMPLE.com/",
             "http://2130706433/",
             "http://0x7f.1/",

@@ -20,10 +20,12 @@ pub enum Failure {
     Denied { host: String, what: &'static str },
     /// The server sends us elsewhere, and we don't go.
     Redirect(String),
+    /// The host's name was not looked up in time, which may be others' fault.
+    SlowNames { host: String },
     /// The host has no address.
     Resolve { host: String },
-    /// No connection came about.
-    Connect { authority: String, reason: String },
+    /// No connection came about; whether for reasons of the network, and not of what is spoken over it.
+    Connect { authority: String, reason: String, is_network: bool },
     /// The host's certificate is not one to trust.
     Untrusted { authority: String, reason: String },
     /// The connection broke before the answer was whole.
@@ -50,8 +52,9 @@ impl std::fmt::Display for Failure {
                 write!(f, "the egress policy does not allow \"{host}\", which is {what} (nexus_hub.egress_allow)")
             }
             Failure::Redirect(problem) => write!(f, "the redirect was not followed: {problem}"),
+            Failure::SlowNames { host } => write!(f, "the name \"{host}\" was not resolved in time"),
             Failure::Resolve { host } => write!(f, "could not find the host \"{host}\""),
-            Failure::Connect { authority, reason } => write!(f, "could not connect to {authority}: {reason}"),
+            Failure::Connect { authority, reason, .. } => write!(f, "could not connect to {authority}: {reason}"),
             Failure::Untrusted { authority, reason } => {
                 write!(f, "the certificate of {authority} is not trusted: {reason}")?;
                 f.write_str(" (authorities besides the system's: nexus_hub.ca_file)")
@@ -94,6 +97,7 @@ impl Failure {
     pub fn retry(&self) -> Retry {
         match self {
             Failure::Resolve { .. }
+            | Failure::SlowNames { .. }
             | Failure::Connect { .. }
             | Failure::Untrusted { .. }
             | Failure::Broken(_)
@@ -106,12 +110,13 @@ impl Failure {
     /// Whether the host was there.
     pub fn reach(&self) -> Reach {
         match self {
-            Failure::Resolve { .. } | Failure::Connect { .. } => Reach::Unreachable(self.to_string()),
+            Failure::Resolve { .. } | Failure::Connect { is_network: true, .. } => Reach::Unreachable(self.to_string()),
             Failure::BadRequest(_)
             | Failure::Denied { .. }
             | Failure::Redirect(_)
-            | Failure::Timeout(_)
+            | Failure::SlowNames { .. }
             | Failure::Internal(_) => Reach::Unknown,
+            Failure::Timeout(_) => Reach::Silent(self.to_string()),
             _ => Reach::Reached,
         }
     }
@@ -193,8 +198,11 @@ impl From<reqwest::Error> for Failure {
         if error.is_connect() && error.is_timeout() {
             reason = "no answer to the connection attempt".into();
         }
+        // What failed after the connection, in the handshake of TLS, is not the network's fault.
+        let is_network =
+            causes(&error).any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(is_network_error));
         if error.is_connect() {
-            Failure::Connect { authority, reason: words(&reason) }
+            Failure::Connect { authority, reason: words(&reason), is_network: is_network || error.is_timeout() }
         } else if error.is_builder() {
             Failure::BadRequest(format!("the request cannot be built: {}", words(&reason)))
         } else {
@@ -210,6 +218,10 @@ fn causes<'a>(error: &'a reqwest::Error) -> impl Iterator<Item = &'a (dyn std::e
         None => cause.source(),
     };
     std::iter::successors(std::error::Error::source(error), inner)
+}
+
+fn is_network_error(error: &std::io::Error) -> bool {
+    error.raw_os_error().is_some()
 }
 
 fn plain_io_reason(kind: std::io::ErrorKind) -> Option<&'static str> {

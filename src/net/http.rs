@@ -117,7 +117,12 @@ impl HttpCall {
         let max_redirects = if self.hands_over { 0 } else { limits.max_redirects() };
         let mut followed = 0;
         let response = loop {
-            let response = outbound.send(|| hop.request()).await?;
+            let response = match outbound.send(|| hop.request()).await {
+                Ok(response) => response,
+                // The host that the job was for was there, wherever it has sent us.
+                Err(failure) if followed > 0 => return Ok(Ending { reach: Reach::Reached, ..failure.into() }),
+                Err(failure) => return Err(failure),
+            };
             if max_redirects == 0 || !hop.follow(&response)? {
                 break response;
             }

@@ -7,9 +7,12 @@ use super::failure::Failure;
 use crate::domain::egress::Policy;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Request, Response, Url};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use url::Host;
 
@@ -19,8 +22,14 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 const DESCRIPTOR_WAIT: Duration = Duration::from_millis(50);
 
 tokio::task_local! {
-    /// The port of the request that a name is resolved for.
-    static PORT: u16;
+    /// The request that a name is resolved for.
+    static HOP: Arc<Hop>;
+}
+
+/// What the resolver knows of a request, and it of the resolver.
+struct Hop {
+    port: u16,
+    is_resolving: AtomicBool,
 }
 
 /// What the client goes by.
@@ -72,9 +81,19 @@ struct Resolver {
 impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
         let policy = Arc::clone(&self.policy);
-        let port = PORT.try_with(|port| *port).ok();
+        let hop = HOP.try_with(Arc::clone).ok();
+        let port = hop.as_ref().map(|hop| hop.port);
         Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
+            let resolving = |is_resolving| {
+                if let Some(hop) = &hop {
+                    hop.is_resolving.store(is_resolving, SeqCst);
+                }
+            };
+            resolving(true);
+            let asked = name.as_str().to_owned();
+            let lookup = tokio::task::spawn_blocking(move || (asked.as_str(), 0).to_socket_addrs());
+            let found: Vec<SocketAddr> = Lookup(lookup).await??.collect();
+            resolving(false);
             let mut denied = None;
             let mut allowed = Vec::with_capacity(found.len());
             for address in found {
@@ -88,6 +107,23 @@ impl Resolve for Resolver {
                 _ => Ok(Box::new(allowed.into_iter()) as Addrs),
             }
         })
+    }
+}
+
+/// A name being looked up; let go of, it does not even begin if it has not yet.
+struct Lookup<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Future for Lookup<T> {
+    type Output = Result<T, tokio::task::JoinError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context)
+    }
+}
+
+impl<T> Drop for Lookup<T> {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -167,12 +203,18 @@ impl Outbound {
             let attempt = request();
             let url = attempt.url();
             if let Some(what) = refusal(&current.policy, url) {
-                return Err(Failure::Denied { host: url.host_str().unwrap_or_default().to_owned(), what });
+                let host = url.host_str().unwrap_or_default().to_owned();
+                return Err(Failure::Denied { host, what });
             }
+            let host = url.host_str().unwrap_or_default().to_owned();
             let port = url.port_or_known_default().unwrap_or_default();
-            match PORT.scope(port, current.client().execute(attempt)).await {
+            let hop = Arc::new(Hop { port, is_resolving: AtomicBool::new(false) });
+            match HOP.scope(Arc::clone(&hop), current.client().execute(attempt)).await {
                 // Nothing was sent. The job's own time bounds the tries.
                 Err(error) if is_out_of_descriptors(&error) => tokio::time::sleep(DESCRIPTOR_WAIT).await,
+                Err(error) if error.is_timeout() && hop.is_resolving.load(SeqCst) => {
+                    return Err(Failure::SlowNames { host });
+                }
                 Err(error) => return Err(error.into()),
                 Ok(response) => return Ok(response),
             }

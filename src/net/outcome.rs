@@ -1,7 +1,7 @@
 //! How an attempt ended.
 
 use super::body::Held;
-use super::failure::Failure;
+use super::failure::{Failure, quote};
 use crate::domain::schedule::Reach;
 use std::time::Duration;
 use uuid::Uuid;
@@ -57,8 +57,8 @@ impl Ending {
     }
 
     /// The end of an attempt that was never sent.
-    pub fn refused(error: String) -> Self {
-        let verdict = Verdict::Failed { error, result: None };
+    pub fn refused(error: &str) -> Self {
+        let verdict = Verdict::Failed { error: quote(error), result: None };
         Self { verdict, retry: Retry::Never, reach: Reach::Unknown, http_status: None, held: Held::default() }
     }
 }

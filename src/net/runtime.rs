@@ -25,7 +25,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// What a call may take beyond its time-out, for the library to tell the server that it is off.
 const GRACE: Duration = Duration::from_millis(200);
 /// Names that are looked up at a time: each takes a thread.
-const MAX_RESOLVING: usize = 32;
+const MAX_RESOLVING: usize = 128;
 
 enum Command {
     Run(Box<Request>),

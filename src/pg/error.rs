@@ -16,6 +16,10 @@ pub enum Kind {
     NotAllowed,
     /// There is one already (23505).
     Duplicate,
+    /// Somebody else was quicker; the same again will succeed (40001).
+    Conflict,
+    /// More than is allowed (54000).
+    TooLarge,
     /// No usable vault key is configured (F0000).
     KeyNotConfigured,
     /// The extension is not preloaded, its worker is down, or the call makes no sense in this transaction (55000).
@@ -31,6 +35,8 @@ impl Kind {
             Kind::Undecipherable => PgSqlErrorCode::ERRCODE_DATA_EXCEPTION,
             Kind::NotAllowed => PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
             Kind::Duplicate => PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
+            Kind::Conflict => PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
+            Kind::TooLarge => PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Kind::KeyNotConfigured => PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
             Kind::NotReady => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Kind::Internal => PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,

@@ -1,10 +1,9 @@
 //! Outcomes on their way into the job table: which of them go into the next transaction.
 
-use crate::jobs::queue::Completion;
+use crate::jobs::queue::{Claim, Completion};
 use crate::net::{Held, Verdict};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
-use uuid::Uuid;
 
 /// Answers written in one transaction: PostgreSQL takes no array of more than 1 GB.
 const MAX_BATCH_BYTES: usize = 32 * 1024 * 1024;
@@ -21,8 +20,8 @@ pub struct Finished {
 /// Outcomes that are not written yet.
 pub struct Backlog {
     outcomes: Vec<Finished>,
-    /// The jobs of those that could not be written, because a session keeps their rows locked.
-    locked: HashSet<Uuid>,
+    /// Those that could not be written, because a session keeps their rows locked.
+    locked: HashSet<Claim>,
     /// When to try these again.
     look_again: Instant,
     /// How many go into one transaction: all, or less after a failure, until the one that can't be written is found.
@@ -58,7 +57,12 @@ impl Backlog {
     }
 
     fn fresh(&self) -> impl Iterator<Item = &Finished> {
-        self.outcomes.iter().filter(|outcome| !self.locked.contains(&outcome.completion.job))
+        self.outcomes.iter().filter(|outcome| !self.locked.contains(&outcome.completion.claim()))
+    }
+
+    /// What the outcomes' jobs are held under.
+    pub fn claims(&self) -> impl Iterator<Item = Claim> {
+        self.outcomes.iter().map(|outcome| outcome.completion.claim())
     }
 
     /// When rows that were locked are due to be tried again.
@@ -77,18 +81,19 @@ impl Backlog {
             before == 0 || bytes <= MAX_BATCH_BYTES
         };
         let outcomes =
-            self.outcomes.iter().filter(|outcome| self.locked.contains(&outcome.completion.job) == locked_ones);
+            self.outcomes.iter().filter(|outcome| self.locked.contains(&outcome.completion.claim()) == locked_ones);
         outcomes.take(self.limit).take_while(fits).map(|outcome| &outcome.completion).collect()
     }
 
     /// After a transaction that has committed: drops what it dealt with, and remembers the jobs whose rows were locked.
-    pub fn settle(&mut self, tried: &HashSet<Uuid>, locked: &[Uuid], now: Instant) {
+    pub fn settle(&mut self, tried: &HashSet<Claim>, locked: &[Claim], now: Instant) {
         if tried.is_empty() {
             return;
         }
         self.limit = usize::MAX;
-        self.outcomes
-            .retain(|outcome| !tried.contains(&outcome.completion.job) || locked.contains(&outcome.completion.job));
+        self.outcomes.retain(|outcome| {
+            !tried.contains(&outcome.completion.claim()) || locked.contains(&outcome.completion.claim())
+        });
         self.locked.retain(|job| !tried.contains(job));
         if !locked.is_empty() {
             self.locked.extend(locked);
@@ -98,12 +103,12 @@ impl Backlog {
 
     /// After a transaction that failed on these jobs: halves the batch, until one outcome is left, which then becomes a
     /// failure that says why. `false`: even that could not be written.
-    pub fn narrow(&mut self, tried: &HashSet<Uuid>, reason: &str) -> bool {
+    pub fn narrow(&mut self, tried: &HashSet<Claim>, reason: &str) -> bool {
         if tried.len() > 1 {
             self.limit = tried.len() / 2;
             return true;
         }
-        let Some(outcome) = self.outcomes.iter_mut().find(|outcome| tried.contains(&outcome.completion.job)) else {
+        let Some(outcome) = self.outcomes.iter_mut().find(|outcome| tried.contains(&outcome.completion.claim())) else {
             return true;
         };
         if matches!(&outcome.completion.verdict, Verdict::Failed { result: None, error } if error.starts_with(UNSTORABLE))
@@ -121,6 +126,7 @@ const UNSTORABLE: &str = "the answer could not be stored";
 #[cfg(test)]
 mod tests {
     use super::*;
+    use uuid::Uuid;
 
     fn outcome(number: u128, bytes: usize) -> Finished {
         let completion = Completion {
@@ -144,8 +150,12 @@ mod tests {
         batch.iter().map(|outcome| outcome.job.as_u128()).collect()
     }
 
-    fn jobs(numbers: &[u128]) -> HashSet<Uuid> {
-        numbers.iter().map(|number| Uuid::from_u128(*number)).collect()
+    fn claim(number: u128) -> Claim {
+        (Uuid::from_u128(number), Uuid::from_u128(1000 + number))
+    }
+
+    fn jobs(numbers: &[u128]) -> HashSet<Claim> {
+        numbers.iter().map(|number| claim(*number)).collect()
     }
 
     #[test]
@@ -161,7 +171,7 @@ mod tests {
     #[test]
     fn it_is_filled_up_to_a_count_or_a_size_of_rows_that_are_not_locked() {
         let (mut backlog, now) = backlog(&[1, 1]);
-        backlog.settle(&jobs(&[0, 1]), &[Uuid::from_u128(0), Uuid::from_u128(1)], now);
+        backlog.settle(&jobs(&[0, 1]), &[claim(0), claim(1)], now);
         let mut waiting = vec![outcome(5, 1), outcome(4, MAX_BATCH_BYTES), outcome(3, 1), outcome(2, 1)];
         let mut fill = |backlog: &mut Backlog, count| backlog.fill(count, || Ok::<_, ()>(waiting.pop()));
         assert_eq!(fill(&mut backlog, 2), Ok(true));
@@ -175,7 +185,7 @@ mod tests {
     #[test]
     fn locked_rows_wait_by_themselves_and_hold_up_nobody() {
         let (mut backlog, now) = backlog(&[1, 1]);
-        backlog.settle(&jobs(&[0, 1]), &[Uuid::from_u128(1)], now);
+        backlog.settle(&jobs(&[0, 1]), &[claim(1)], now);
         backlog.push(outcome(2, 1));
         assert_eq!(numbers(&backlog.batch(now)), [2]);
         let later = now + LOCKED_DELAY;

@@ -6,8 +6,8 @@ use super::assign::{self, Edge};
 use super::backlog::{Backlog, Finished};
 use super::feed::{self, Feed};
 use super::start;
-use crate::domain::schedule::{BreakerState, LaneId, Pick, Reach, Schedule};
-use crate::jobs::queue::{ClaimedJob, Queue};
+use crate::domain::schedule::{BreakerState, Counted, LaneId, Pick, Reach, Schedule};
+use crate::jobs::queue::{Claim, ClaimedJob, Queue};
 use crate::net::outbound::Outbound;
 use crate::net::{Ending, Limits, Net, Retry, ThreadGone, Verdict};
 use crate::pg::bgworker::Waiter;
@@ -29,6 +29,8 @@ pub const RESTART: i32 = 1;
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// Transactions that may fail in a row, with nothing to be lost, before the worker starts anew.
 const MAX_FAILURES: u32 = 20;
+/// How long a worker that is to be replaced waits for its requests before it gives their jobs back.
+const DRAIN_TIME: Duration = Duration::from_secs(30);
 /// How long rows are locked one by one after somebody was found to keep one locked.
 const CAREFUL_TIME: Duration = Duration::from_secs(10);
 
@@ -37,6 +39,9 @@ const CAREFUL_TIME: Duration = Duration::from_secs(10);
 const GATHER_IN_FLIGHT: usize = 256;
 const GATHER_OUTCOMES: usize = 128;
 const GATHER_TIME: Duration = Duration::from_millis(2);
+
+/// Lanes whose servers' configs a poll looks up again.
+const MAX_ROUTES: usize = 1000;
 
 /// How a transaction went.
 enum Step {
@@ -50,16 +55,17 @@ enum Step {
 #[derive(Default)]
 struct Done {
     /// Jobs whose rows were locked.
-    locked: Vec<Uuid>,
+    locked: Vec<Claim>,
     lease: Uuid,
     claimed: Vec<ClaimedJob>,
     /// Jobs in flight that are no longer to be run.
-    lost: Vec<Uuid>,
+    lost: Vec<Claim>,
 }
 
 /// A job that was claimed.
 pub struct Running {
     lane: LaneId,
+    counted: Counted,
     /// Attempts made with this one, and allowed.
     attempts: (i32, i32),
 }
@@ -82,16 +88,17 @@ pub struct Worker {
     /// What ALTER DATABASE … SET said when this worker connected: it counts only for new connections.
     pub database_settings: String,
     /// Whether that has changed since, or how many workers there are: no more jobs, and a new worker as soon as none is
-    /// in flight.
+    /// in flight, or after a while.
     pub outdated: bool,
+    pub draining_since: Option<Instant>,
     pub schedule: Schedule,
     pub feed: Feed,
     /// Jobs that the network thread has, by the leases they were claimed under.
-    pub in_flight: HashMap<(Uuid, Uuid), Running>,
+    pub in_flight: HashMap<Claim, Running>,
     /// Outcomes that are not written yet.
     pub backlog: Backlog,
     /// The jobs whose outcomes the last transaction tried to write.
-    pub tried: HashSet<Uuid>,
+    pub tried: HashSet<Claim>,
     /// What is to be claimed in the running transaction.
     pub picks: Vec<Pick>,
     /// Breakers that have changed and are not shown yet.
@@ -124,9 +131,14 @@ impl Worker {
             if bgworker::reload_configuration() {
                 self.take_settings();
             }
-            if self.outdated && self.in_flight.is_empty() && !self.backlog.has_fresh() && !self.outcomes_due {
-                shmem::set_worker_state(WorkerState::Replaced);
-                return GONE;
+            if self.outdated {
+                let since = *self.draining_since.get_or_insert_with(Instant::now);
+                let is_drained = self.in_flight.is_empty() && !self.backlog.has_fresh() && !self.outcomes_due;
+                if is_drained || since.elapsed() >= DRAIN_TIME {
+                    self.finish();
+                    shmem::set_worker_state(WorkerState::Replaced);
+                    return GONE;
+                }
             }
             self.take_wakes();
             if self.collect().is_err() {
@@ -171,7 +183,7 @@ impl Worker {
             while let Some(outcome) = net.next_outcome()? {
                 // A job that was broken off is not in flight any more.
                 let Some(running) = in_flight.remove(&(outcome.job, outcome.lease)) else { continue };
-                schedule.finished(running.lane, outcome.job.as_u128(), &outcome.ending.reach, now);
+                schedule.finished(running.lane, running.counted, outcome.job.as_u128(), &outcome.ending.reach, now);
                 return Ok(Some(finished(outcome.job, outcome.lease, outcome.ending, running.attempts, settings)));
             }
             Ok(None)
@@ -183,7 +195,8 @@ impl Worker {
     fn step(&mut self) -> Result<Step, transaction::Failure> {
         let now = Instant::now();
         self.tried.clear();
-        if self.not_before.is_some_and(|at| now < at) {
+        self.not_before.take_if(|at| now >= *at);
+        if self.not_before.is_some() {
             return Ok(Step::Done(Done::default()));
         }
         let poll = now >= self.next_poll;
@@ -200,21 +213,30 @@ impl Worker {
         self.picks_due = limit > 0 && self.picks.len() == limit;
         let hungry = self.picks.len() < limit && self.schedule.room() > 0;
         let reads = may_claim && self.feed.is_due(&self.schedule, hungry, now);
-        self.breakers.extend(self.schedule.breaker_changes(now));
+        // Of each host the last word, also where the one before could not be shown.
+        let changes = self.schedule.breaker_changes(now);
+        self.breakers.retain(|old| !changes.iter().any(|new| new.host == old.host));
+        self.breakers.extend(changes);
         let look = poll || (std::mem::take(&mut self.look_due) && !self.in_flight.is_empty());
         if batch.is_empty() && self.picks.is_empty() && self.breakers.is_empty() && !reads && !look {
             return Ok(Step::Done(Done::default()));
         }
         self.was_busy |= !batch.is_empty() || !self.picks.is_empty();
-        self.tried.extend(batch.iter().map(|completion| completion.job));
+        self.tried.extend(batch.iter().map(|completion| completion.claim()));
         self.leases += 1;
         let lease = Uuid::from_u64_pair(self.holder, self.leases);
         let careful = self.careful_until.is_some_and(|until| now < until);
         let limit = if hungry { limit } else { self.picks.len() };
         let (extension, queue, schedule, feed, edge) =
-            (self.extension, &self.queue, &mut self.schedule, &mut self.feed, self.edge.as_ref());
+            (self.extension, &self.queue, &mut self.schedule, &mut self.feed, &mut self.edge);
         let (picks, breakers, in_flight, settings) = (&mut self.picks, &self.breakers, &self.in_flight, &self.settings);
         let (database, database_settings) = (self.database, &self.database_settings);
+        let holder = self.holder;
+        let active: HashSet<_> = if poll {
+            in_flight.keys().copied().chain(self.backlog.claims()).map(|(_, lease)| lease).collect()
+        } else {
+            HashSet::new()
+        };
         let mut replaced = false;
         let mut outdated = false;
         let mut released = 0;
@@ -228,8 +250,12 @@ impl Worker {
                 let mut done = Done { lease, ..Done::default() };
                 if poll {
                     outdated = Queue::database_settings()? != *database_settings;
-                    released = release_abandoned(queue, database, settings.max_crashes)?;
-                    feed::route(queue, schedule, edge, schedule.mcp_lanes())?;
+                    released = release_abandoned(queue, database, holder, &active, settings.max_crashes)?;
+                    if let Some(edge) = &mut *edge {
+                        *edge = start::edge()?;
+                    }
+                    let lanes = schedule.mcp_lanes(MAX_ROUTES);
+                    feed::route(queue, schedule, edge.as_ref(), lanes)?;
                 }
                 if look && !in_flight.is_empty() {
                     done.lost = queue.lost(in_flight.keys().copied())?;
@@ -241,7 +267,7 @@ impl Worker {
                     queue.show_breakers(Some(breakers))?;
                 }
                 if reads {
-                    feed.fill(queue, schedule, edge, picks, limit, now)?;
+                    feed.fill(queue, schedule, edge.as_ref(), picks, limit, now)?;
                 }
                 if !picks.is_empty() {
                     let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
@@ -277,11 +303,10 @@ impl Worker {
     fn settle(&mut self, done: Done) {
         let now = Instant::now();
         self.backlog.settle(&self.tried, &done.locked, now);
-        for job in done.lost {
-            let Some(key) = self.in_flight.keys().find(|key| key.0 == job).copied() else { continue };
-            if let Some(running) = self.in_flight.remove(&key) {
-                self.net.cancel(key.0, key.1);
-                self.schedule.finished(running.lane, job.as_u128(), &Reach::Unknown, now);
+        for claim in done.lost {
+            if let Some(running) = self.in_flight.remove(&claim) {
+                self.net.cancel(claim.0, claim.1);
+                self.schedule.finished(running.lane, running.counted, claim.0.as_u128(), &Reach::Unknown, now);
             }
         }
         let picks = std::mem::take(&mut self.picks);
@@ -289,33 +314,35 @@ impl Worker {
         let mut claimed: HashMap<u128, ClaimedJob> =
             done.claimed.into_iter().map(|job| (job.id.as_u128(), job)).collect();
         for pick in picks {
-            match (claimed.remove(&pick.position.id), pick.failure) {
-                (Some(job), None) => self.send(job, done.lease, pick.lane),
+            match (claimed.remove(&pick.position.id), &pick.failure) {
+                (Some(job), None) => self.send(job, done.lease, &pick),
                 (Some(job), Some(failure)) => {
                     let error =
                         format!("{failure} (not tried again for this job: the circuit breaker of its host is open)");
-                    let ending = Ending { retry: Retry::Later, ..Ending::refused(error) };
+                    let ending = Ending { retry: Retry::Later, ..Ending::refused(&error) };
                     self.end(&job, done.lease, ending);
                 }
                 // Cancelled or claimed meanwhile, or locked: then the next poll finds it again.
-                (None, None) => self.schedule.finished(pick.lane, pick.position.id, &Reach::Unknown, now),
+                (None, None) => {
+                    self.schedule.finished(pick.lane, pick.counted, pick.position.id, &Reach::Unknown, now);
+                }
                 (None, Some(_)) => {}
             }
         }
     }
 
-    fn send(&mut self, job: ClaimedJob, lease: Uuid, lane: LaneId) {
-        let id = job.id;
+    fn send(&mut self, job: ClaimedJob, lease: Uuid, pick: &Pick) {
+        let (id, lane, counted) = (job.id, pick.lane, pick.counted);
         let attempts = (job.attempts, assign::max_attempts(&job));
         match assign::request(job, lease, self.settings.request_timeout, self.edge.as_ref()) {
             Ok(request) => {
                 // If the thread is gone, the next loop notices and the next worker takes the job.
                 self.net.send(request);
-                self.in_flight.insert((id, lease), Running { lane, attempts });
+                self.in_flight.insert((id, lease), Running { lane, counted, attempts });
             }
             Err(error) => {
-                self.schedule.finished(lane, id.as_u128(), &Reach::Unknown, Instant::now());
-                self.backlog.push(finished(id, lease, Ending::refused(error), attempts, &self.settings));
+                self.schedule.finished(lane, counted, id.as_u128(), &Reach::Unknown, Instant::now());
+                self.backlog.push(finished(id, lease, Ending::refused(&error), attempts, &self.settings));
             }
         }
     }
@@ -379,7 +406,9 @@ impl Worker {
             // A probe that was due and not sent waits for a place.
             let probe = self.schedule.next_probe().filter(|at| *at > self.looked_at);
             let jobs = [self.feed.next(&self.schedule), probe].into_iter().flatten().filter(|_| may_claim);
-            let next = jobs.chain(self.backlog.look_again()).chain([self.next_poll]).min().unwrap_or(now);
+            let drained = self.draining_since.map(|since| since + DRAIN_TIME);
+            let next =
+                jobs.chain(self.backlog.look_again()).chain(drained).chain([self.next_poll]).min().unwrap_or(now);
             next.saturating_duration_since(now)
         };
         self.waiter.wait(time);
@@ -392,9 +421,9 @@ impl Worker {
         if let Err(problem) = self.outbound.configure(start::egress(&self.settings, self.descriptors)) {
             log!("nexus_hub: {problem}; requests go as before");
         }
-        // The executor's URL and key may have changed, too.
-        let is_edge = self.edge.is_some() || self.settings.executor == Executor::Edge;
-        self.outdated |= self.settings.workers != self.place.of || is_edge;
+        self.outdated |= self.settings.workers != self.place.of;
+        // What the executor's URL and key are now is read by the poll.
+        self.edge = (self.settings.executor == Executor::Edge).then(|| Err("the executor is not known yet".into()));
         // The poll looks whether the database's settings have changed, too.
         self.next_poll = Instant::now();
         if let Some(problem) = vault::problem() {
@@ -404,7 +433,7 @@ impl Worker {
 
     /// Now and then: lets go of what is not used any more.
     fn tidy(&mut self) {
-        self.schedule.retire();
+        self.schedule.retire(Instant::now());
         if std::mem::take(&mut self.was_busy) {
             if self.in_flight.is_empty() {
                 self.in_flight.shrink_to_fit();
@@ -449,12 +478,23 @@ impl Worker {
     }
 }
 
-/// Gives back the jobs of the database's workers that are gone.
-fn release_abandoned(queue: &Queue, database: pg_sys::Oid, max_crashes: i32) -> Result<i32, pgrx::spi::SpiError> {
+/// Gives back the jobs of the database's workers that are gone, and, should there ever be any, those of this worker's
+/// own under leases that nothing is known of.
+fn release_abandoned(
+    queue: &Queue,
+    database: pg_sys::Oid,
+    own: u64,
+    active: &HashSet<Uuid>,
+    max_crashes: i32,
+) -> Result<i32, pgrx::spi::SpiError> {
     let held = queue.held_leases()?;
     // Looked at after the leases: whoever holds one has made itself known before.
     let live = shmem::live_holders(database);
-    let abandoned: Vec<_> = held.into_iter().filter(|lease| !live.contains(&lease.as_u64_pair().0)).collect();
+    let is_abandoned = |lease: &Uuid| {
+        let (holder, _) = lease.as_u64_pair();
+        if holder == own { !active.contains(lease) } else { !live.contains(&holder) }
+    };
+    let abandoned: Vec<_> = held.into_iter().filter(is_abandoned).collect();
     if abandoned.is_empty() { Ok(0) } else { queue.release(abandoned, Some(max_crashes)) }
 }
 

@@ -39,12 +39,12 @@ pub fn main(slot: usize) -> i32 {
         let open = || {
             let queue = Queue::open((place.number, place.of))?;
             queue.show_breakers(None)?;
-            let edge = (Queue::app_setting("edge_function_url")?, Queue::app_setting("service_role_key")?);
+            let edge = edge()?;
             Ok::<_, pgrx::spi::SpiError>((extension, queue, Queue::database_settings()?, edge))
         };
         open().map(Some).map_err(|problem| problem.to_string())
     });
-    let (extension, queue, database_settings, (edge_url, edge_key)) = match opened {
+    let (extension, queue, database_settings, edge) = match opened {
         Ok(Some(opened)) => opened,
         Ok(None) => {
             shmem::set_worker_state(WorkerState::NoExtension);
@@ -70,7 +70,7 @@ pub fn main(slot: usize) -> i32 {
             return RESTART;
         }
     };
-    let edge = (settings.executor == Executor::Edge).then(|| Edge::new(&edge_url, &edge_key));
+    let edge = (settings.executor == Executor::Edge).then_some(edge);
     if let Some(Err(problem)) = &edge {
         log!("nexus_hub: {problem}");
     }
@@ -92,7 +92,8 @@ pub fn main(slot: usize) -> i32 {
         settings,
         edge,
         database_settings,
-        outdated: false,
+        outdated: settings.workers != place.of,
+        draining_since: None,
         schedule: Schedule::new(caps(&settings), rules(&settings)),
         feed: Feed::new(now),
         in_flight: HashMap::new(),
@@ -112,6 +113,11 @@ pub fn main(slot: usize) -> i32 {
         not_before: None,
     }
     .work()
+}
+
+/// The executor elsewhere, as the settings name it. Call it in a transaction.
+pub fn edge() -> Result<Result<Edge, String>, pgrx::spi::SpiError> {
+    Ok(Edge::new(&Queue::app_setting("edge_function_url")?, &Queue::app_setting("service_role_key")?))
 }
 
 /// The settings, with no more requests in flight than there are descriptors for: one for each, and one for a

@@ -178,8 +178,9 @@ SELECT is(_nexus_hub.next_due(), 90::double precision, 'the next job is due when
 CREATE FUNCTION pg_temp.due(priority integer, most integer, worker integer DEFAULT 0, workers integer DEFAULT 1) RETURNS text LANGUAGE sql AS $$
     SELECT string_agg(j.tool_name, ' ' ORDER BY n)
       FROM _nexus_hub.read_pending(ARRAY[priority::smallint], ARRAY['-infinity'::timestamptz], ARRAY['00000000-0000-0000-0000-000000000000'::uuid], ARRAY[most], worker, workers)
-           WITH ORDINALITY AS r (read, run_at, id, user_id, is_mcp, target, n)
+           WITH ORDINALITY AS r (read, run_at, id, user_id, is_mcp, target, bytes, n)
       JOIN job_results j USING (id)
+     WHERE r.target IS NOT NULL
 $$;
 SELECT is(pg_temp.due(priority, most), due, format('at most %s of priority %s: %s', most, priority, coalesce(due, 'none')))
   FROM (VALUES (5, 10, 'overdue due'), (5, 1, 'overdue'), (1, 10, 'urgent'), (9, 10, NULL), (4, 10, NULL)) AS t (priority, most, due);
@@ -188,18 +189,22 @@ SELECT is((SELECT string_agg(due, ' ' ORDER BY due) FROM generate_series(0, 2) A
 
 -- ── Circuit breakers ──
 
-SELECT _nexus_hub.write_breakers(0, ARRAY['a:80', 'b:80', 'c:80'], ARRAY['open', 'half-open', 'closed'], ARRAY[5, 6, 0], ARRAY[5000, 0, 0]::bigint[], ARRAY['refused', 'timed out', '']);
-SELECT _nexus_hub.write_breakers(1, ARRAY['a:80'], ARRAY['open'], ARRAY[7], ARRAY[0]::bigint[], ARRAY['refused']);
+SELECT _nexus_hub.write_breakers(0, 2, ARRAY['a:80', 'b:80', 'c:80'], ARRAY['open', 'half-open', 'closed'], ARRAY[5, 6, 0], ARRAY[5000, 0, 0]::bigint[], ARRAY['refused', 'timed out', '']);
+SELECT _nexus_hub.write_breakers(1, 2, ARRAY['a:80'], ARRAY['open'], ARRAY[7], ARRAY[0]::bigint[], ARRAY['refused']);
 SELECT set_eq('SELECT host, worker::integer, state, failures, error FROM circuit_breakers',
               $$VALUES ('a:80', 0, 'open', 5, 'refused'), ('b:80', 0, 'half-open', 6, 'timed out'), ('a:80', 1, 'open', 7, 'refused')$$, 'circuit_breakers shows what is not closed, of each worker');
 SELECT ok(probe_at - clock_timestamp() BETWEEN '4 s' AND '5 s' AND opened_at BETWEEN now() AND clock_timestamp(), 'and when it will be tried again') FROM circuit_breakers WHERE failures = 5;
 UPDATE circuit_breakers SET opened_at = '2000-01-01';
-SELECT _nexus_hub.write_breakers(0, ARRAY['a:80', 'b:80'], ARRAY['half-open', 'closed'], ARRAY[8, 0], ARRAY[0, 0]::bigint[], ARRAY['reset', '']);
+SELECT _nexus_hub.write_breakers(0, 2, ARRAY['a:80', 'b:80'], ARRAY['half-open', 'closed'], ARRAY[8, 0], ARRAY[0, 0]::bigint[], ARRAY['reset', '']);
 SELECT set_eq('SELECT host, worker::integer, state, failures, error, opened_at FROM circuit_breakers',
               $$VALUES ('a:80', 0, 'half-open', 8, 'reset', '2000-01-01'::timestamptz), ('a:80', 1, 'open', 7, 'refused', '2000-01-01')$$,
               'a change keeps the time since when the host''s jobs wait, and a closed one is gone');
-SELECT _nexus_hub.write_breakers(0, NULL, ARRAY[]::text[], ARRAY[]::integer[], ARRAY[]::bigint[], ARRAY[]::text[]);
+SELECT _nexus_hub.write_breakers(0, 2, NULL, ARRAY[]::text[], ARRAY[]::integer[], ARRAY[]::bigint[], ARRAY[]::text[]);
 SELECT results_eq('SELECT worker::integer FROM circuit_breakers', 'VALUES (1)', 'a worker that starts closes its own');
+SELECT _nexus_hub.write_breakers(0, 1, NULL, ARRAY[]::text[], ARRAY[]::integer[], ARRAY[]::bigint[], ARRAY[]::text[]);
+SELECT is_empty('SELECT FROM circuit_breakers', 'and those of workers that there are no more');
+SELECT lives_ok($$SELECT _nexus_hub.write_breakers(0, 1, ARRAY[repeat(md5(random()::text), 400)], ARRAY['open'], ARRAY[1], ARRAY[0]::bigint[], ARRAY['e'])$$,
+                'what cannot be shown is no reason to fail');
 
 SELECT * FROM finish();
 ROLLBACK;

@@ -58,7 +58,9 @@ SELECT is(pg_temp.error_of(format('SELECT create_job(NULL, %s)', arguments)), fo
     ($$'http_request', NULL, NULL, '{"url": null}'$$, 'p_params has no "url" that is a string'),
     ($$'tool_invoke', 's', 't', '[1]'$$, 'p_params must be a JSON object'),
     ($$'tool_invoke', 's', 't', 'null'$$, 'p_params must be a JSON object'),
-    ($$'tool_invoke', 's', 't', '"x"'$$, 'p_params must be a JSON object')) AS t (arguments, message);
+    ($$'tool_invoke', 's', 't', '"x"'$$, 'p_params must be a JSON object'),
+    ($$'tool_invoke', repeat('x', 201), 't'$$, 'p_server_id must have 200 characters at most, not 201'),
+    ($$'tool_invoke', 's', repeat('x', 201)$$, 'p_tool_name must have 200 characters at most, not 201')) AS t (arguments, message);
 SELECT is(left(pg_temp.error_of(format('SELECT create_job(NULL, %s)', arguments)), 7), '22023: ', format('create_job refuses %s, which could not run', arguments))
   FROM (VALUES ($$'resource_fetch', 's', NULL, '{"uri": 5}'$$), ($$'http_request', NULL, NULL, '{"url": {}}'$$)) AS t (arguments);
 
@@ -87,6 +89,9 @@ INSERT INTO impossible VALUES
     ('job_results_finished_has_time', 'job_type, server_id, tool_name, status, completed_at', $$'tool_invoke', 's', 't', 'pending', now()$$),
     ('job_results_finished_has_time', 'job_type, server_id, tool_name, status, started_at, completed_at', $$'tool_invoke', 's', 't', 'running', now(), now()$$),
     ('job_results_running_has_time', 'job_type, server_id, tool_name, status', $$'tool_invoke', 's', 't', 'running'$$),
+    ('job_results_server_id_length', 'job_type, server_id, tool_name', $$'tool_invoke', repeat('ü', 201), 't'$$),
+    ('job_results_tool_name_length', 'job_type, server_id, tool_name', $$'tool_invoke', 's', repeat('ü', 201)$$),
+    ('job_results_params_size', 'job_type, server_id, tool_name, params', $$'tool_invoke', 's', 't', jsonb_build_object('x', repeat('x', 16777216))$$),
     ('job_results_lease_while_running', 'job_type, server_id, tool_name, lease', $$'tool_invoke', 's', 't', gen_random_uuid()$$),
     ('job_results_lease_while_running', 'job_type, server_id, tool_name, status, completed_at, lease', $$'tool_invoke', 's', 't', 'completed', now(), gen_random_uuid()$$),
     ('job_results_result_when_finished', 'job_type, server_id, tool_name, result', $$'tool_invoke', 's', 't', '{}'$$),
@@ -121,6 +126,8 @@ SELECT throws_ok(format('INSERT INTO circuit_breakers (host, worker, state, fail
 SELECT set_eq($$SELECT conname::text FROM pg_constraint
                  WHERE contype = 'c' AND conrelid IN ('job_results'::regclass, 'job_attempts'::regclass, 'circuit_breakers'::regclass)$$,
               $$SELECT name FROM impossible UNION ALL VALUES ('circuit_breakers_state_known')$$, 'every CHECK of the job tables is tested');
+SELECT lives_ok($$INSERT INTO job_results (job_type, server_id, tool_name) VALUES ('tool_invoke', repeat('ü', 200), repeat('ü', 200))$$,
+                'names may have 200 characters');
 SELECT lives_ok(format($$INSERT INTO job_results (job_type, server_id, tool_name, %I) VALUES ('tool_invoke', 's', 't', %s)$$, field, value),
                 format('a job''s %s may be %s', field, left(value, 20)))
   FROM (VALUES ('priority', '1'), ('priority', '9'), ('run_at', $$'4713-01-01 BC'$$), ('run_at', $$'294276-12-31'$$),
@@ -145,12 +152,12 @@ ALTER TABLE job_results ENABLE TRIGGER USER;
 
 CREATE TEMP TABLE targets (url text, target text);
 INSERT INTO targets VALUES
-    ('http://host/', 'host:80'), ('https://host', 'host:443'), ('http://host:8080/x?y#z', 'host:8080'), ('https://host:80/', 'host:80'),
+    ('http://host/', 'host:80'), ('https://host', 'host:443'), ('http://host:8080/x?y#z', 'host:8080'), ('https://host:80/', 'https://host:80'),
     ('https://host:443/', 'host:443'), ('HTTP://HOST/', 'host:80'), (' http://host/ ', 'host:80'), ('http://user:pw@host/', 'host:80'),
     ('http://host./', 'host.:80'), ('http:\\host\x', 'host:80'), ('http://ho%73t/', 'host:80'), (E'http://ho\tst/', 'host:80'),
     ('http://bücher.example/', 'xn--bcher-kva.example:80'),
     ('http://127.0.0.1/', '127.0.0.1:80'), ('http://2130706433/', '127.0.0.1:80'), ('http://0x7f000001/', '127.0.0.1:80'), ('http://0x7f.1/', '127.0.0.1:80'),
-    ('http://017700000001/', '127.0.0.1:80'), ('http://①②⑦.0.0.1/', '127.0.0.1:80'), ('http://[::1]/', '[::1]:80'), ('https://[0:0::1]:8443/', '[::1]:8443'),
+    ('http://017700000001/', '127.0.0.1:80'), ('http://①②⑦.0.0.1/', '127.0.0.1:80'), ('http://[::1]/', '[::1]:80'), ('https://[0:0::1]:8443/', 'https://[::1]:8443'),
     ('http://[::ffff:127.0.0.1]/', '[::ffff:7f00:1]:80'),
     ('', ''), ('nonsense', ''), ('/x', ''), ('http://', ''), ('ftp://host/', ''), ('file:///etc/passwd', ''), ('http://host:65536/', ''), ('http://256.1.1.1/', '');
 INSERT INTO job_results (job_type, params) SELECT 'http_request', jsonb_build_object('url', url) FROM targets;
@@ -228,7 +235,7 @@ SELECT is((pg_temp.becomes(state)).status || ', ' || cancel_job(id), state || ',
 SELECT is(cancel_job(gen_random_uuid()), false, 'nor can one that is not there');
 SELECT is(cancel_job(NULL), false, 'nor NULL');
 SELECT results_eq('SELECT g.* FROM made, get_job_status(id) AS g',
-                  'SELECT id, job_type, server_id, tool_name, status, result, error, created_at, started_at, completed_at FROM job_results JOIN made USING (id)',
+                  'SELECT id, job_type, server_id, tool_name, status, result, error, created_at, started_at, completed_at, attempt, run_at FROM job_results JOIN made USING (id)',
                   'get_job_status is the job''s row');
 
 SELECT * FROM finish();

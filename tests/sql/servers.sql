@@ -167,8 +167,13 @@ INSERT INTO refused VALUES
     ('user_servers_server_id_length', $$INSERT INTO user_servers (user_id, server_id, name) VALUES (gen_random_uuid(), repeat('x', 201), 'n')$$),
     ('user_servers_transport_known', $$INSERT INTO user_servers (user_id, server_id, name, transport) VALUES (gen_random_uuid(), 'x', 'n', 'stdio')$$),
     ('user_servers_config_encrypted_length', $$INSERT INTO user_servers (user_id, server_id, name, config_encrypted) VALUES (gen_random_uuid(), 'x', 'n', '\x00')$$),
+    ('user_servers_config_encrypted_length', $$INSERT INTO user_servers (user_id, server_id, name, config_encrypted) VALUES (gen_random_uuid(), 'x', 'n', convert_to(repeat('x', 100001), 'UTF8'))$$),
     ('user_servers_rate_limit_range', $$INSERT INTO user_servers (user_id, server_id, name, rate_limit_per_minute) VALUES (gen_random_uuid(), 'x', 'n', -1)$$);
 SELECT throws_ok(statement, '23514', NULL, format('%s refuses: %s', name, statement)) FROM refused;
+SELECT throws_ok($$SELECT add_server('x', 'n', jsonb_build_object('url', 'https://h/', 'note', repeat('x', 65536)), gen_random_uuid())$$, '54000',
+                 NULL, 'a config of more than 64 kB is refused');
+SELECT throws_ok($$SELECT add_server('x', 'n', jsonb_build_object('url', 'https://' || repeat('x', 254) || '/'), gen_random_uuid())$$, '22023',
+                 'bad server config: "url" has a host name of more than 253 characters', 'a host name has 253 characters at most');
 SELECT set_eq($$SELECT conname::text FROM pg_constraint WHERE contype = 'c' AND conrelid IN ('system_servers'::regclass, 'user_servers'::regclass)$$,
               'SELECT name FROM refused', 'every CHECK of the server tables is tested');
 

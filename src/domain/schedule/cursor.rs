@@ -6,13 +6,15 @@
 //! committed later: the table is read again from its beginning now and then. And a lane that was full when its jobs
 //! were passed has a *gap*, which is *refilled* once there is room again.
 
-use super::{LANE_LOW, LANE_ROOM, Lane, LaneId, LaneKey, PRIORITIES, Schedule, TOTAL_ROOM};
+use super::{LANE_LOW, LANE_ROOM, Lane, LaneId, LaneKey, PRIORITIES, Schedule, TOTAL_ROOM, Waiting};
 use std::collections::VecDeque;
 
 /// Rows of one read.
 const CHUNK: usize = 512;
 /// Rows of a read that passes over much to find little.
 const LARGE_CHUNK: usize = 2_000;
+/// Jobs that a lane may always have in memory.
+const LANE_SHORT: usize = 16;
 
 /// Where a job lies among those of its priority: by its time, in microseconds, and its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,7 +57,10 @@ pub struct Read {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     pub position: Position,
-    pub key: LaneKey,
+    /// The size of its arguments.
+    pub bytes: usize,
+    /// `None`: it is another worker's.
+    pub key: Option<LaneKey>,
 }
 
 /// Where the reading of a priority stands.
@@ -107,22 +112,24 @@ impl Schedule {
 
     /// Whether the table is to be read from its beginning.
     pub fn is_behind_due(&self) -> bool {
-        self.behind_due || self.cursors.iter().any(|cursor| cursor.behind.is_some())
+        !self.is_full && (self.behind_due || self.cursors.iter().any(|cursor| cursor.behind.is_some()))
     }
 
     /// Whether there may be jobs ahead that are not known.
     pub fn is_ahead_due(&self) -> bool {
-        self.known.len() < TOTAL_ROOM && self.cursors.iter().any(|cursor| !cursor.is_at_end)
+        !self.is_full && self.cursors.iter().any(|cursor| !cursor.is_at_end)
     }
 
     /// Whether a lane has room for jobs that it had none for before.
     pub fn is_refill_due(&self) -> bool {
-        self.cursors.iter().any(|cursor| !cursor.wanting.is_empty())
+        !self.is_full && self.cursors.iter().any(|cursor| !cursor.wanting.is_empty())
     }
 
     /// The reads that are due, of these kinds.
     pub fn reads(&mut self, ahead: bool, behind: bool) -> Vec<Read> {
-        if behind && std::mem::take(&mut self.behind_due) {
+        // One pass after the other: begun anew at each commit, it would never come far.
+        let is_passing = self.cursors.iter().any(|cursor| cursor.behind.is_some());
+        if behind && !is_passing && std::mem::take(&mut self.behind_due) {
             for cursor in self.cursors.iter_mut().filter(|cursor| cursor.ahead > Position::START) {
                 cursor.behind = Some(Position::START);
             }
@@ -137,7 +144,7 @@ impl Schedule {
             if let Some(from) = cursor.behind.filter(|_| behind) {
                 read(ReadKind::Behind, from, LARGE_CHUNK);
             }
-            if ahead && !cursor.is_at_end && self.known.len() < TOTAL_ROOM {
+            if ahead && !cursor.is_at_end {
                 read(ReadKind::Ahead, cursor.ahead, CHUNK);
             }
         }
@@ -171,19 +178,21 @@ impl Schedule {
         let ahead = self.cursors[priority].ahead;
         let mut is_over = rows.len() < read.limit;
         let mut next = read.from;
-        for Row { position, key } in rows {
+        for Row { position, bytes, key } in rows {
             if read.kind != ReadKind::Ahead && position >= ahead {
                 is_over = true;
                 break;
             }
-            if self.known.len() >= TOTAL_ROOM && read.kind == ReadKind::Ahead {
-                // No room even to know where there are gaps: the reading stops here.
-                self.cursors[priority].ahead = position;
-                return;
+            if self.known.len() >= TOTAL_ROOM && !self.make_room() {
+                // To be gone on with when there is room.
+                next = position;
+                is_over = false;
+                self.is_full = true;
+                break;
             }
             next = position.next();
-            if !self.known.contains(&position.id) {
-                self.offer(read.kind, priority, position, key);
+            if let Some(key) = key.filter(|_| !self.known.contains(&position.id)) {
+                self.offer(read.kind, priority, Waiting { position, bytes }, key);
             }
         }
         let cursor = &mut self.cursors[priority];
@@ -197,18 +206,37 @@ impl Schedule {
         }
     }
 
-    fn offer(&mut self, kind: ReadKind, priority: usize, position: Position, key: LaneKey) {
+    /// Has the longest lane forget the later half of its jobs, to be read again. `false`: all are short.
+    fn make_room(&mut self) -> bool {
+        let lanes = self.lanes.iter().enumerate().filter_map(|(id, lane)| lane.as_ref().map(|lane| (id, lane)));
+        let lengths = lanes.flat_map(|(id, lane)| {
+            lane.waiting.iter().enumerate().map(move |(priority, waiting)| (waiting.len(), id, priority))
+        });
+        let Some((length, id, priority)) = lengths.max().filter(|(length, ..)| *length >= LANE_SHORT) else {
+            return false;
+        };
+        let run = self.cursors[priority].run;
+        let Some(lane) = self.lanes[id].as_mut() else { return false };
+        let dropped = lane.waiting[priority].split_off(length / 2);
+        let start = dropped.front().map(|waiting| waiting.position);
+        lane.gap[priority] = lane.gap[priority].into_iter().chain(start).min();
+        lane.stopped[priority] = run;
+        for waiting in dropped {
+            self.known.remove(&waiting.position.id);
+        }
+        true
+    }
+
+    fn offer(&mut self, kind: ReadKind, priority: usize, job: Waiting, key: LaneKey) {
+        let position = job.position;
         let (run, run_start) = (self.cursors[priority].run, self.cursors[priority].run_start);
-        let is_full = self.known.len() >= TOTAL_ROOM;
-        let room = LANE_ROOM.min((TOTAL_ROOM - self.known.len().min(TOTAL_ROOM)) / 4).max(16);
+        let room = LANE_ROOM.min(TOTAL_ROOM.saturating_sub(self.known.len()) / 4).max(LANE_SHORT);
         let id = match self.lane_of.get(&key) {
             Some(id) => *id,
-            // Found again by the next look from the beginning.
-            None if is_full => return,
             None => self.open_lane(key),
         };
         let Some(lane) = self.lanes[id].as_mut() else { return };
-        let has_room = !is_full && lane.waiting[priority].len() < room;
+        let has_room = lane.waiting[priority].len() < room;
         let gap = &mut lane.gap[priority];
         let takes = match (*gap, kind) {
             // Before the gap everything is known: this one was committed late.
@@ -237,8 +265,8 @@ impl Schedule {
         }
         let waiting = &mut lane.waiting[priority];
         // In order, though a late one comes after others.
-        let place = waiting.iter().rposition(|other| *other < position).map_or(0, |place| place + 1);
-        waiting.insert(place, position);
+        let place = waiting.iter().rposition(|other| other.position < position).map_or(0, |place| place + 1);
+        waiting.insert(place, job);
         self.known.insert(position.id);
         self.take_turns(id, priority);
     }
@@ -266,8 +294,8 @@ impl Schedule {
     }
 
     fn open_lane(&mut self, key: LaneKey) -> LaneId {
-        let user = key.user.map(|user| self.users.place(&user, || 0));
-        let host = (!key.is_mcp).then(|| self.hosts.place(&key.target, super::Host::default));
+        let user = key.user.map(|user| self.users.place(&user, super::User::default));
+        let host = (!key.is_mcp).then(|| self.host(&key.target));
         let lane = Lane {
             waiting: std::array::from_fn(|_| VecDeque::new()),
             gap: [None; PRIORITIES],

@@ -42,12 +42,14 @@ impl<K: Hash + Eq, V> Table<K, V> {
         place
     }
 
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&K, &mut V)> {
-        let mut by_place: Vec<Option<&K>> = self.values.iter().map(|_| None).collect();
-        for (name, place) in &self.places {
-            by_place[*place] = Some(name);
-        }
-        by_place.into_iter().zip(&mut self.values).filter_map(|(name, value)| name.map(|name| (name, value)))
+    /// Whether there is a value at a place.
+    pub fn is_used(&self, place: usize) -> bool {
+        place < self.values.len() && !self.free.contains(&place)
+    }
+
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.places.len()
     }
 
     /// Drops the values that are not to be kept; their places go to others.

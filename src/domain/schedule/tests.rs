@@ -36,7 +36,11 @@ impl Table {
                 .pending
                 .range((read.priority, read.from)..)
                 .take_while(|((priority, _), _)| *priority == read.priority);
-            let rows = rows.take(read.limit).map(|((_, position), key)| Row { position: *position, key: key.clone() });
+            let rows = rows.take(read.limit).map(|((_, position), key)| Row {
+                position: *position,
+                bytes: 100,
+                key: Some(key.clone()),
+            });
             let rows = rows.collect();
             schedule.take(read, rows);
         }
@@ -86,7 +90,8 @@ fn a_server_never_has_more_in_flight_than_its_cap_whoever_calls_it() {
     let reads = schedule.reads(true, true);
     for read in reads {
         let rows = table.pending.iter().filter(|_| read.priority == 4);
-        let rows = rows.map(|((_, position), key)| Row { position: *position, key: key.clone() }).collect();
+        let rows =
+            rows.map(|((_, position), key)| Row { position: *position, bytes: 100, key: Some(key.clone()) }).collect();
         schedule.take(&read, rows);
     }
     assert!(schedule.pick(9, now).is_empty(), "their routes are not known");
@@ -100,7 +105,7 @@ fn a_server_never_has_more_in_flight_than_its_cap_whoever_calls_it() {
         assert_eq!(picks.len(), 3.min(100 - done));
         table.claim(&mut schedule, &picks);
         for pick in &picks {
-            schedule.finished(pick.lane, pick.position.id, &Reach::Reached, now);
+            schedule.finished(pick.lane, pick.counted, pick.position.id, &Reach::Reached, now);
         }
         done += picks.len();
     }
@@ -158,7 +163,7 @@ fn a_dead_hosts_jobs_wait_for_a_probe_and_share_its_failure() {
     let first = schedule.pick(3, start);
     table.claim(&mut schedule, &first);
     let refused = Reach::Unreachable("refused".into());
-    first.iter().for_each(|pick| schedule.finished(pick.lane, pick.position.id, &refused, start));
+    first.iter().for_each(|pick| schedule.finished(pick.lane, pick.counted, pick.position.id, &refused, start));
     let change = schedule.breaker_changes(start).remove(0);
     assert_eq!((change.state, change.failures, change.probe_in), ("open", 3, RULES.cooldown));
     assert!(schedule.pick(9, start).is_empty());
@@ -172,7 +177,7 @@ fn a_dead_hosts_jobs_wait_for_a_probe_and_share_its_failure() {
     assert_eq!(probe.len(), 1);
     table.claim(&mut schedule, &probe);
     assert!(schedule.pick(9, later).is_empty(), "one probe at a time");
-    schedule.finished(probe[0].lane, probe[0].position.id, &refused, later);
+    schedule.finished(probe[0].lane, probe[0].counted, probe[0].position.id, &refused, later);
     let doomed = schedule.pick(100, later);
     assert_eq!(doomed.len(), 16);
     assert!(doomed.iter().all(|pick| pick.failure.as_deref() == Some("refused")));
@@ -183,7 +188,7 @@ fn a_dead_hosts_jobs_wait_for_a_probe_and_share_its_failure() {
     table.read_all(&mut schedule);
     let probe = schedule.pick(9, later + 2 * RULES.cooldown);
     assert_eq!(probe.len(), 1);
-    schedule.finished(probe[0].lane, probe[0].position.id, &Reach::Reached, later);
+    schedule.finished(probe[0].lane, probe[0].counted, probe[0].position.id, &Reach::Reached, later);
     assert_eq!(schedule.breaker_changes(later)[0].state, "closed");
     assert_eq!(schedule.pick(9, later).len(), 1);
 }
@@ -200,7 +205,7 @@ fn picks_that_could_not_be_claimed_keep_their_place_and_a_lost_probe_is_made_aga
     assert_eq!(schedule.room(), 100);
     assert_eq!(schedule.pick(3, now), picks);
     let refused = Reach::Unreachable("refused".into());
-    picks.iter().for_each(|pick| schedule.finished(pick.lane, pick.position.id, &refused, now));
+    picks.iter().for_each(|pick| schedule.finished(pick.lane, pick.counted, pick.position.id, &refused, now));
     let later = now + RULES.cooldown;
     let probe = schedule.pick(9, later);
     schedule.put_back(probe.clone(), later);
@@ -217,10 +222,12 @@ fn what_nothing_is_known_of_any_more_is_forgotten() {
     let picks = schedule.pick(100, now);
     assert_eq!(picks.len(), 50);
     table.claim(&mut schedule, &picks);
-    schedule.retire();
-    picks[1..].iter().for_each(|pick| schedule.finished(pick.lane, pick.position.id, &Reach::Reached, now));
-    schedule.retire();
-    assert_eq!((schedule.lane_of.len(), schedule.hosts.iter_mut().count()), (1, 1), "one is in flight");
+    schedule.retire(now);
+    picks[1..]
+        .iter()
+        .for_each(|pick| schedule.finished(pick.lane, pick.counted, pick.position.id, &Reach::Reached, now));
+    schedule.retire(now);
+    assert_eq!((schedule.lane_of.len(), schedule.hosts.len()), (1, 1), "one is in flight");
     table.insert(5, 1, &mcp(77, "another"));
     table.read_all(&mut schedule);
     assert_eq!(schedule.pick(9, now).len(), 1);
@@ -236,13 +243,14 @@ fn next(state: &mut u64, bound: u64) -> u64 {
 fn every_job_is_picked_once_however_lanes_fill_up_and_commits_come_late() {
     for seed in 0..6 {
         let mut state = seed;
-        let (mut table, mut schedule, now) = (Table::default(), schedule(200), Instant::now());
+        let caps = Caps { total: 200, per_host: 30 + 100 * seed as usize };
+        let (mut table, mut schedule, now) = (Table::default(), Schedule::new(caps, RULES), Instant::now());
         // A few lanes with far more jobs than there is room for, some of them broken for now, and many small ones.
         let lanes = [http("a:1"), http("b:1"), http("dead:1"), mcp(1, "x"), mcp(2, "x")];
         let mut left = 25_000;
         let (mut sent, mut time) = (HashSet::new(), 0);
         let refused = Reach::Unreachable("refused".into());
-        let mut doomed = 0;
+        let (mut doomed, mut in_flight) = (0, Vec::new());
         for round in 0.. {
             let fresh = next(&mut state, 4_000).min(left);
             left -= fresh;
@@ -269,16 +277,19 @@ fn every_job_is_picked_once_however_lanes_fill_up_and_commits_come_late() {
                 for id in table.claim(&mut schedule, &picks) {
                     assert!(sent.insert(id), "picked twice");
                 }
-                for pick in picks.iter().filter(|pick| pick.failure.is_none()) {
+                in_flight.extend(picks.into_iter().filter(|pick| pick.failure.is_none()));
+                // Some end at once, some stay for long, and in the end none is left.
+                let ending = if left == 0 { 0 } else { next(&mut state, 1 + in_flight.len() as u64) as usize };
+                for pick in in_flight.drain(ending..) {
                     let is_dead = schedule.lane_of.get(&lanes[2]) == Some(&pick.lane);
                     let reach = if is_dead && round < 300 { &refused } else { &Reach::Reached };
-                    schedule.finished(pick.lane, pick.position.id, reach, clock);
+                    schedule.finished(pick.lane, pick.counted, pick.position.id, reach, clock);
                 }
             }
             if round % 7 == 0 {
-                schedule.retire();
+                schedule.retire(now);
             }
-            if left == 0 && table.pending.is_empty() {
+            if left == 0 && table.pending.is_empty() && in_flight.is_empty() {
                 break;
             }
             assert!(round < 3_000, "seed {seed}: {} are left", table.pending.len());
@@ -286,4 +297,160 @@ fn every_job_is_picked_once_however_lanes_fill_up_and_commits_come_late() {
         assert_eq!(sent.len() + doomed, 25_000, "seed {seed}");
         assert_eq!((schedule.room(), schedule.known.len()), (200, 0));
     }
+}
+
+#[test]
+fn a_full_memory_hides_nobodys_jobs() {
+    let (mut table, mut schedule, now) = (Table::default(), schedule(1000), Instant::now());
+    // One user's jobs for servers that take one at a time, in so many lanes that they fill the memory.
+    for server in 0..150 {
+        for time in 0..2_000 {
+            table.insert(5, time, &mcp(1, &format!("s{server}")));
+        }
+    }
+    let narrow = |schedule: &mut Schedule| {
+        for (lane, key) in schedule.take_unrouted() {
+            let server = Some((key.target.clone(), 1));
+            schedule.route(lane, Some(&Route { host: "h:1".into(), server }));
+        }
+    };
+    let read = |table: &Table, schedule: &mut Schedule| {
+        let reads = schedule.reads(true, true);
+        for read in reads {
+            let rows = table
+                .pending
+                .range((read.priority, read.from)..)
+                .take_while(|((priority, _), _)| *priority == read.priority);
+            let rows = rows.take(read.limit).map(|((_, position), key)| Row {
+                position: *position,
+                bytes: 1,
+                key: Some(key.clone()),
+            });
+            schedule.take(&read, rows.collect());
+        }
+    };
+    schedule.wake();
+    while schedule.is_ahead_due() {
+        read(&table, &mut schedule);
+        narrow(&mut schedule);
+    }
+    let first = schedule.pick(1000, now);
+    assert_eq!(first.len(), 150);
+    table.claim(&mut schedule, &first);
+    assert!(schedule.known.len() <= TOTAL_ROOM);
+    let urgent = table.insert(1, 5_000, &http("new:1"));
+    let usual = table.insert(5, 5_000, &http("new:1"));
+    schedule.wake();
+    for _ in 0..1_000 {
+        read(&table, &mut schedule);
+        if !schedule.is_ahead_due() {
+            break;
+        }
+    }
+    let found = schedule.pick(1000, now);
+    assert_eq!(ids(&found), [urgent, usual]);
+    table.claim(&mut schedule, &found);
+    // And what was forgotten for their sake is read again: all are sent in the end.
+    let mut running: Vec<_> = first.into_iter().chain(found).collect();
+    let mut left = table.pending.len();
+    while left > 0 {
+        running
+            .drain(..)
+            .for_each(|pick| schedule.finished(pick.lane, pick.counted, pick.position.id, &Reach::Reached, now));
+        read(&table, &mut schedule);
+        running = schedule.pick(1000, now);
+        assert!(!running.is_empty() || schedule.is_refill_due() || schedule.is_ahead_due(), "{left} are left");
+        table.claim(&mut schedule, &running);
+        left = table.pending.len();
+    }
+}
+
+#[test]
+fn a_pass_over_what_lies_behind_comes_to_its_end_however_often_it_is_asked_for() {
+    let (mut table, mut schedule, now) = (Table::default(), schedule(1), Instant::now());
+    for time in 0..10_000 {
+        table.insert(5, time, &http(&format!("h{}:1", time % 5)));
+    }
+    table.read_all(&mut schedule);
+    let late = table.insert(5, 9_000, &http("late:1"));
+    for _ in 0..20 {
+        schedule.wake();
+        table.read(&mut schedule, true, true);
+    }
+    assert!(schedule.known.contains(&late));
+    assert_eq!(schedule.pick(1, now).len(), 1);
+}
+
+#[test]
+fn a_lane_that_is_led_elsewhere_leaves_its_requests_and_its_probe_where_they_were_sent() {
+    let (mut table, mut schedule, now) = (Table::default(), schedule(100), Instant::now());
+    for time in 0..20 {
+        table.insert(5, time, &mcp(1, "shared:1"));
+        table.insert(5, time, &mcp(2, "shared:1"));
+    }
+    table.read_all(&mut schedule);
+    let lanes: Vec<_> = schedule.mcp_lanes(9).into_iter().map(|(lane, _)| lane).collect();
+    let refused = Reach::Unreachable("refused".into());
+    let picks = schedule.pick(3, now);
+    table.claim(&mut schedule, &picks);
+    picks.iter().for_each(|pick| schedule.finished(pick.lane, pick.counted, pick.position.id, &refused, now));
+    let later = now + RULES.cooldown;
+    let probe = schedule.pick(9, later).remove(0);
+    table.claim(&mut schedule, std::slice::from_ref(&probe));
+    schedule.route(probe.lane, Some(&Route { host: "elsewhere:1".into(), server: None }));
+    let elsewhere = schedule.pick(3, later);
+    assert!(elsewhere.iter().all(|pick| pick.lane == probe.lane) && elsewhere.len() == 3, "the lane goes on there");
+    table.claim(&mut schedule, &elsewhere);
+    schedule.finished(probe.lane, probe.counted, probe.position.id, &Reach::Reached, later);
+    let other = lanes.into_iter().find(|lane| *lane != probe.lane);
+    assert!(schedule.pick(9, later).iter().any(|pick| Some(pick.lane) == other), "the first host is open again");
+}
+
+#[test]
+fn a_lane_gets_its_share_of_places_that_others_leave() {
+    let (mut table, mut schedule, now) = (Table::default(), schedule(100), Instant::now());
+    for time in 0..200 {
+        table.insert(5, time, &http("slow:80"));
+        table.insert(5, time, &http("quick:80"));
+    }
+    table.read_all(&mut schedule);
+    let picks = schedule.pick(1000, now);
+    table.claim(&mut schedule, &picks);
+    let slow = picks.iter().filter(|pick| pick.lane == 0).count();
+    picks.iter().filter(|pick| pick.lane != 0).for_each(|pick| {
+        schedule.finished(pick.lane, pick.counted, pick.position.id, &Reach::Reached, now);
+    });
+    let more = schedule.pick(1000, now);
+    let more_of_slow = more.iter().filter(|pick| pick.lane == 0).count();
+    assert!(more_of_slow > 0, "none of its own {slow} has ended, and it gets more");
+    assert!(more.len() > 40);
+}
+
+#[test]
+fn a_probe_that_nobody_answers_has_failed_and_a_host_that_nobody_wants_is_forgotten() {
+    let (mut table, mut schedule, now) = (Table::default(), schedule(100), Instant::now());
+    for time in 0..4 {
+        table.insert(5, time, &http("dead:80"));
+    }
+    table.read_all(&mut schedule);
+    let picks = schedule.pick(3, now);
+    table.claim(&mut schedule, &picks);
+    let refused = Reach::Unreachable("refused".into());
+    picks.iter().for_each(|pick| schedule.finished(pick.lane, pick.counted, pick.position.id, &refused, now));
+    let later = now + RULES.cooldown;
+    let probe = schedule.pick(9, later);
+    table.claim(&mut schedule, &probe);
+    let silent = Reach::Silent("timed out".into());
+    schedule.finished(probe[0].lane, probe[0].counted, probe[0].position.id, &silent, later);
+    assert_eq!(schedule.next_probe(), Some(later + 2 * RULES.cooldown));
+    schedule.breaker_changes(later);
+    schedule.retire(later);
+    assert_eq!(schedule.hosts.len(), 1);
+    let much_later = later + 3 * RULES.cooldown;
+    schedule.pick(9, much_later);
+    schedule.retire(much_later);
+    schedule.retire(much_later);
+    assert_eq!(schedule.breaker_changes(much_later)[0].state, "closed");
+    schedule.retire(much_later);
+    assert_eq!((schedule.hosts.len(), schedule.next_probe()), (0, None));
 }
