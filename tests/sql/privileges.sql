@@ -71,7 +71,7 @@ SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_wit
 SELECT set_eq(
     $$SELECT f.proname::text, g.grantee FROM granted g JOIN extension_function f ON g.object = f.oid::regprocedure::text
        WHERE f.nspname = '_nexus_hub' AND g.grantee <> 'PUBLIC' AND f.proname <> 'url_authority'$$,
-    $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key',
+    $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
       UNION ALL VALUES ('decrypt_json', 'service_role')$$,
