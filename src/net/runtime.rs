@@ -235,12 +235,15 @@ async fn serve(
     }
 }
 
+/// How requests are broken off, by job and lease.
+type Cancels = HashMap<(Uuid, Uuid), oneshot::Sender<()>>;
+
 /// The requests that can be broken off.
 #[derive(Clone, Default)]
-struct Running(Arc<Mutex<HashMap<(Uuid, Uuid), oneshot::Sender<()>>>>);
+struct Running(Arc<Mutex<Cancels>>);
 
 impl Running {
-    fn requests(&self) -> MutexGuard<'_, HashMap<(Uuid, Uuid), oneshot::Sender<()>>> {
+    fn requests(&self) -> MutexGuard<'_, Cancels> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
