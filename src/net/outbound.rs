@@ -10,7 +10,7 @@ use reqwest::{Client, Request, Response, Url};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,6 +18,8 @@ use url::Host;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Requests after which the descriptors are counted again.
+const GAUGE_INTERVAL: usize = 16;
 /// How long to wait for descriptors when the process has run out of them.
 const DESCRIPTOR_WAIT: Duration = Duration::from_millis(50);
 
@@ -57,6 +59,9 @@ struct Current {
     frugal: Client,
     /// A descriptor whose copies tell how many there are.
     gauge: Option<OwnedFd>,
+    /// Whether it told last that they are scarce; it is looked at now and then.
+    is_scarce: AtomicBool,
+    requests: AtomicUsize,
 }
 
 /// A connection that the policy denies.
@@ -162,10 +167,14 @@ impl Current {
         let policy = Arc::new(egress.policy.clone());
         let (kept, frugal) = (client(&egress, &policy, egress.max_idle)?, client(&egress, &policy, 0)?);
         let gauge = std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
-        Ok(Self { egress, policy, client: kept, frugal, gauge })
+        let (is_scarce, requests) = (AtomicBool::new(false), AtomicUsize::new(0));
+        Ok(Self { egress, policy, client: kept, frugal, gauge, is_scarce, requests })
     }
 
     fn client(&self) -> &Client {
+        if !self.requests.fetch_add(1, SeqCst).is_multiple_of(GAUGE_INTERVAL) && !self.is_scarce.load(SeqCst) {
+            return &self.client;
+        }
         // A copy gets the smallest number that is free.
         let copy = self.gauge.as_ref().map(OwnedFd::try_clone);
         let is_scarce = match copy {
@@ -173,6 +182,7 @@ impl Current {
             Some(Err(_)) => true,
             None => false,
         };
+        self.is_scarce.store(is_scarce, SeqCst);
         if is_scarce { &self.frugal } else { &self.client }
     }
 }
@@ -206,13 +216,13 @@ impl Outbound {
                 let host = url.host_str().unwrap_or_default().to_owned();
                 return Err(Failure::Denied { host, what });
             }
-            let host = url.host_str().unwrap_or_default().to_owned();
             let port = url.port_or_known_default().unwrap_or_default();
             let hop = Arc::new(Hop { port, is_resolving: AtomicBool::new(false) });
             match HOP.scope(Arc::clone(&hop), current.client().execute(attempt)).await {
                 // Nothing was sent. The job's own time bounds the tries.
                 Err(error) if is_out_of_descriptors(&error) => tokio::time::sleep(DESCRIPTOR_WAIT).await,
                 Err(error) if error.is_timeout() && hop.is_resolving.load(SeqCst) => {
+                    let host = error.url().and_then(Url::host_str).unwrap_or_default().to_owned();
                     return Err(Failure::SlowNames { host });
                 }
                 Err(error) => return Err(error.into()),
