@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Tool calls to an MCP server, and a shutdown while some are in flight. Sourced by run.sh.
-: "${plain=}"
+: "${url:?}"
 
 user=11111111-1111-1111-1111-111111111111
 mcp_pid=
@@ -35,12 +35,12 @@ run_mcp() { # count tool arguments
 }
 
 bench_mcp() {
-    local slow calls rate
-    measure_plain
+    local slow plain calls rate
     start_mcp_server
     run_mcp 10 add '{"a": 1, "b": 2}' >/dev/null
     slow=$(run_mcp 500 slow '{"ms": 1000}')
     row '500 MCP tool calls of 1 s each, seconds in all' "$slow" 'one of them: 1.00' "$(ratio "$slow" 1)"
+    plain=$(median_rate 3 20000 "$url/")
     calls=$(run_mcp 5000 add '{"a": 1, "b": 2}')
     rate=$(awk -v s="$calls" 'BEGIN { printf "%d", 5000 / s }')
     row '5,000 MCP tool calls over one session, a second' "$rate" "20,000 http_request jobs: $plain" "$(ratio "$rate" "$plain")"

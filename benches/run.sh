@@ -27,6 +27,9 @@ for file in throughput backlog latency resources mcp vault; do
     . "benches/$file.sh"
 done
 
+# Connections, caches and plans, as in a server that has run for a while.
+median_rate 1 5000 "$url/" >/dev/null
+
 echo "PostgreSQL $(sql -c 'SHOW server_version'), $(nproc) cores, fsync $(sql -c 'SHOW fsync'), every job durable"
 echo
 row 'what' 'figure' 'beside it, in the same run' 'ratio'

@@ -136,6 +136,7 @@ http {
 }
 CONF
     "$nginx" -c "$dir/nginx.conf" -p "$dir"
+    # shellcheck disable=SC2034 # for the parts
     url=http://127.0.0.1:$port
 }
 
@@ -210,14 +211,6 @@ median_rate() { # rounds count url
         rates+=("$rate")
     done
     median "${rates[@]}"
-}
-
-# Sets $plain, which other figures stand beside: 20,000 jobs at once, to nginx.
-measure_plain() {
-    [[ -n ${plain:-} ]] && return
-    # Connections, caches and plans, as in a server that has run for a while.
-    median_rate 1 5000 "$url/" >/dev/null
-    plain=$(median_rate 5 20000 "$url/")
 }
 
 # The process of the worker.

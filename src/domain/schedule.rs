@@ -196,6 +196,7 @@ pub struct Schedule {
     /// Every job in this memory that is not claimed yet.
     known: HashSet<u128>,
     in_flight: usize,
+    has_more: bool,
     /// Whether a job was passed over because there was no room at all.
     is_full: bool,
     /// Whether something was committed since the table was last read from its beginning.
@@ -227,6 +228,7 @@ impl Schedule {
             doomed: VecDeque::new(),
             known: HashSet::new(),
             in_flight: 0,
+            has_more: false,
             is_full: false,
             behind_due: false,
             tripped: HashSet::new(),
@@ -346,7 +348,13 @@ impl Schedule {
             }
             self.turns[priority].append(&mut unrouted);
         }
+        self.has_more = picks.len() >= limit || bytes >= MAX_CLAIM_BYTES;
         picks
+    }
+
+    /// Whether the last pick ended because it had enough.
+    pub fn has_more(&self) -> bool {
+        self.has_more
     }
 
     fn gate(&self, id: LaneId, now: Instant) -> Gate {

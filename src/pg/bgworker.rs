@@ -87,8 +87,11 @@ pub fn pin_session_settings() {
         (c"search_path", c"pg_catalog, pg_temp"),
         (c"row_security", c"off"),
         (c"role", c"none"),
-        // Plans are made once, perhaps while the table is empty: they must not go on reading all of it, or sorting it,
-        // when it has millions of rows.
+        // Plans are made once, because making one takes longer than what it does, and perhaps while the tables are empty:
+        // they must not go on reading, sorting or hashing all of a table when it has millions of rows.
+        (c"plan_cache_mode", c"force_generic_plan"),
+        (c"enable_hashjoin", c"off"),
+        (c"enable_mergejoin", c"off"),
         (c"enable_seqscan", c"off"),
         (c"enable_bitmapscan", c"off"),
         (c"enable_sort", c"off"),

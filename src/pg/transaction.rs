@@ -13,9 +13,34 @@ pub struct Failure {
     pub transient: bool,
 }
 
+/// When a commit is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Before it returns, as the settings say.
+    AtCommit,
+    /// After [`make_durable`], or when PostgreSQL gets to it.
+    Later,
+}
+
+/// Puts what this process has committed on disk.
+pub fn make_durable() {
+    // SAFETY: a global of this process, and a call that waits for a write at most; it returns at once when there is
+    // nothing to be written.
+    unsafe { pg_sys::XLogFlush(pg_sys::XactLastCommitEnd) }
+}
+
+/// [`run_with`], durable at commit.
+pub fn run<R>(activity: &std::ffi::CStr, work: impl FnOnce() -> Result<R, String>) -> Result<R, Failure> {
+    run_with(activity, Durability::AtCommit, work)
+}
+
 /// Runs `work` in one transaction and commits it. An error that `work` returns, an SQL error and a panic roll it back
 /// and come out as a value, so that a deadlock, say, does not cost the worker what it holds in memory.
-pub fn run<R>(activity: &std::ffi::CStr, work: impl FnOnce() -> Result<R, String>) -> Result<R, Failure> {
+pub fn run_with<R>(
+    activity: &std::ffi::CStr,
+    durability: Durability,
+    work: impl FnOnce() -> Result<R, String>,
+) -> Result<R, Failure> {
     // SAFETY: the worker is connected to a database and in no transaction; calls come in the order PostgreSQL's own
     // workers use, and whatever goes wrong ends in AbortCurrentTransaction.
     let result = PgTryBuilder::new(AssertUnwindSafe(|| unsafe {
@@ -23,6 +48,18 @@ pub fn run<R>(activity: &std::ffi::CStr, work: impl FnOnce() -> Result<R, String
         pg_sys::StartTransactionCommand();
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, activity.as_ptr());
+        if durability == Durability::Later {
+            pg_sys::set_config_option(
+                c"synchronous_commit".as_ptr(),
+                c"off".as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+                pg_sys::GucAction::GUC_ACTION_LOCAL,
+                true,
+                0,
+                false,
+            );
+        }
         match work() {
             Ok(result) => {
                 pg_sys::PopActiveSnapshot();

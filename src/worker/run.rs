@@ -13,6 +13,7 @@ use crate::net::{Ending, Limits, Net, Retry, ThreadGone, Verdict};
 use crate::pg::bgworker::Waiter;
 use crate::pg::guc::{Executor, WorkerSettings};
 use crate::pg::shmem::{self, Place, WorkerState};
+use crate::pg::transaction::Durability;
 use crate::pg::{bgworker, catalog, transaction};
 use crate::vault;
 use pgrx::prelude::*;
@@ -40,6 +41,8 @@ const GATHER_IN_FLIGHT: usize = 256;
 const GATHER_OUTCOMES: usize = 128;
 const GATHER_TIME: Duration = Duration::from_millis(2);
 
+/// Polls after the last work at which memory is given back.
+const TRIMS: u32 = 12;
 /// Lanes whose servers' configs a poll looks up again.
 const MAX_ROUTES: usize = 1000;
 
@@ -112,8 +115,8 @@ pub struct Worker {
     /// Whether somebody has changed jobs that run.
     pub look_due: bool,
     pub careful_until: Option<Instant>,
-    /// Whether there was work since memory was last given back.
-    pub was_busy: bool,
+    /// Polls at which memory is given back: after work, until the connections that were kept are closed, too.
+    pub trims_due: u32,
     pub next_poll: Instant,
     pub failures: u32,
     /// No transaction before this time.
@@ -146,7 +149,10 @@ impl Worker {
                 return RESTART;
             }
             match self.step() {
-                Ok(Step::Done(done)) => self.settle(done),
+                Ok(Step::Done(done)) => {
+                    self.settle(done);
+                    transaction::make_durable();
+                }
                 Ok(Step::ExtensionGone { replaced }) => {
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
                     shmem::set_worker_state(state);
@@ -210,7 +216,7 @@ impl Worker {
         }
         self.looked_at = now;
         self.picks = self.schedule.pick(limit, now);
-        self.picks_due = limit > 0 && self.picks.len() == limit;
+        self.picks_due = false;
         let hungry = self.picks.len() < limit && self.schedule.room() > 0;
         let reads = may_claim && self.feed.is_due(&self.schedule, hungry, now);
         // Of each host the last word, also where the one before could not be shown.
@@ -221,7 +227,9 @@ impl Worker {
         if batch.is_empty() && self.picks.is_empty() && self.breakers.is_empty() && !reads && !look {
             return Ok(Step::Done(Done::default()));
         }
-        self.was_busy |= !batch.is_empty() || !self.picks.is_empty();
+        if !batch.is_empty() || !self.picks.is_empty() {
+            self.trims_due = TRIMS;
+        }
         self.tried.extend(batch.iter().map(|completion| completion.claim()));
         self.leases += 1;
         let lease = Uuid::from_u64_pair(self.holder, self.leases);
@@ -240,8 +248,11 @@ impl Worker {
         let mut replaced = false;
         let mut outdated = false;
         let mut released = 0;
+        // A claim that is lost in a crash leaves a job pending, as it was. So the requests need not wait until it is on
+        // disk; it is put there while they are on their way.
+        let durability = if batch.is_empty() && !poll { Durability::Later } else { Durability::AtCommit };
         let retry = batch.iter().filter_map(|completion| completion.retry_in).min();
-        let step = transaction::run(c"nexus_hub: completing and claiming jobs", || {
+        let step = transaction::run_with(c"nexus_hub: completing and claiming jobs", durability, || {
             if !catalog::hold_extension(extension) {
                 replaced = catalog::extension().is_some();
                 return Ok(None);
@@ -287,6 +298,7 @@ impl Worker {
         }
         self.failures = 0;
         self.not_before = None;
+        self.picks_due = may_claim && self.schedule.has_more();
         self.outdated |= outdated;
         self.breakers.clear();
         if poll {
@@ -434,7 +446,8 @@ impl Worker {
     /// Now and then: lets go of what is not used any more.
     fn tidy(&mut self) {
         self.schedule.retire(Instant::now());
-        if std::mem::take(&mut self.was_busy) {
+        if self.trims_due > 0 {
+            self.trims_due -= 1;
             if self.in_flight.is_empty() {
                 self.in_flight.shrink_to_fit();
             }

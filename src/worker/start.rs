@@ -106,7 +106,7 @@ pub fn main(slot: usize) -> i32 {
         looked_at: now,
         look_due: false,
         careful_until: None,
-        was_busy: false,
+        trims_due: 0,
         // At once: jobs of a worker that is gone are given back by the poll.
         next_poll: now,
         failures: 0,
