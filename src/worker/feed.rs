@@ -41,11 +41,18 @@ pub struct Feed {
     ahead: Duty,
     /// When a job becomes due that is not due yet.
     due_at: Option<Instant>,
+    /// Something was committed that nobody has read yet.
+    read_first: bool,
 }
 
 impl Feed {
     pub fn new(now: Instant) -> Self {
-        Self { behind: Duty::new(now), ahead: Duty::new(now), due_at: None }
+        Self { behind: Duty::new(now), ahead: Duty::new(now), due_at: None, read_first: false }
+    }
+
+    /// Has the next reading look at what was committed, whatever is known already.
+    pub fn read_first(&mut self) {
+        self.read_first = true;
     }
 
     /// A job becomes due after this time.
@@ -89,7 +96,9 @@ impl Feed {
         for round in 0..MAX_ROUNDS {
             let hungry = picks.len() < limit;
             let begin = Instant::now();
-            let reads = schedule.reads(hungry || (round == 0 && self.ahead.is_due(now)), behind && round == 0);
+            let reads = schedule
+                .reads(hungry || (round == 0 && (self.read_first || self.ahead.is_due(now))), behind && round == 0);
+            self.read_first = false;
             if reads.is_empty() {
                 break;
             }

@@ -110,6 +110,8 @@ pub struct Worker {
     pub outcomes_due: bool,
     /// Whether the last look at the schedule ended with a full batch: there may be more.
     pub picks_due: bool,
+    /// Whether there was a commit since the table was read.
+    pub was_woken: bool,
     /// When the schedule was looked at last.
     pub looked_at: Instant,
     /// Whether somebody has changed jobs that run.
@@ -175,6 +177,7 @@ impl Worker {
         self.look_due |= shmem::take_look();
         if shmem::take_wake() {
             self.schedule.wake();
+            self.was_woken = true;
         }
         self.feed.tick(&mut self.schedule, Instant::now());
     }
@@ -215,10 +218,15 @@ impl Worker {
             self.schedule.wake();
         }
         self.looked_at = now;
-        self.picks = self.schedule.pick(limit, now);
+        // What was committed since may go before what is known: it is read first.
+        let read_first = std::mem::take(&mut self.was_woken) && limit > 0;
+        if read_first {
+            self.feed.read_first();
+        }
+        self.picks = if read_first { Vec::new() } else { self.schedule.pick(limit, now) };
         self.picks_due = false;
         let hungry = self.picks.len() < limit && self.schedule.room() > 0;
-        let reads = may_claim && self.feed.is_due(&self.schedule, hungry, now);
+        let reads = may_claim && (read_first || self.feed.is_due(&self.schedule, hungry, now));
         // Of each host the last word, also where the one before could not be shown.
         let changes = self.schedule.breaker_changes(now);
         self.breakers.retain(|old| !changes.iter().any(|new| new.host == old.host));

@@ -103,6 +103,7 @@ pub fn main(slot: usize) -> i32 {
         breakers: Vec::new(),
         outcomes_due: false,
         picks_due: false,
+        was_woken: false,
         looked_at: now,
         look_due: false,
         careful_until: None,

@@ -76,6 +76,8 @@ fn jobs_start_by_priority_then_by_time() {
     let mut client = database.connect();
     insert(&mut client, &server.url, 1);
     wait_until("the first job is with the server", || server.requests().len() == 1);
+    // In one transaction: what is committed a moment later may come a moment late.
+    client.batch_execute("BEGIN").expect("BEGIN");
     for (path, priority, run_at) in [
         ("e", 9, "now()"),
         ("d", 5, "now()"),
@@ -89,6 +91,7 @@ fn jobs_start_by_priority_then_by_time() {
         );
         client.batch_execute(&job).expect("create_job");
     }
+    client.batch_execute("COMMIT").expect("COMMIT");
     gate.open();
     wait_until("all are completed", || count_jobs(&mut client, "completed") == 6);
     let paths: String = server.requests()[1..].iter().map(|request| &request[5..6]).collect();
