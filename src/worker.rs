@@ -6,6 +6,7 @@ mod feed;
 mod launcher;
 mod run;
 mod start;
+mod step;
 
 use crate::pg::bgworker;
 use pgrx::prelude::*;

@@ -2,26 +2,29 @@
 //!
 //! Jobs of one target and user wait in a lane; lanes of one priority take turns. What a lane may send is bounded by
 //! the places there are in all, for its user, for its server and for its host, and by the host's circuit breaker. A
-//! lane that may send nothing is parked where it is held up, and costs nothing there; so it holds up nobody. What waits in the table is read in small pieces
-//! (see `cursor`), so the memory is bounded whatever the table holds.
+//! lane that may send nothing is parked where it is held up, and costs nothing there; so it holds up nobody. What waits
+//! in the table is read in small pieces (see `cursor`), so the memory is bounded whatever the table holds.
 
 mod cursor;
+mod hosts;
+mod places;
 mod table;
 
 pub use cursor::{Position, Read, ReadKind, Row};
+pub use hosts::{BreakerState, Reach};
+pub use places::Counted;
 
-use super::breaker::{Breaker, Pass, Rules, Trip};
+use super::breaker::{Breaker, Pass, Rules};
 use cursor::Cursor;
+use hosts::Host;
+use places::{Gate, Parked, Place, Server, User};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use table::Table;
 
 /// Priorities, 1 to 9.
 pub const PRIORITIES: usize = 9;
-/// A host or a user gets at most so many times as many places as are free: alone, four fifths of all; beside others,
-/// each less, and there is always a place for a newcomer. (Choudhury and Hahne, "Dynamic Queue Length Thresholds".)
-const FAIR_SHARE: usize = 4;
 /// Jobs that wait in memory, in one lane and priority.
 const LANE_ROOM: usize = 2_000;
 /// Jobs of a lane and priority below which more are read.
@@ -88,61 +91,6 @@ impl Lane {
     }
 }
 
-/// Lanes that wait for a place, with the priority of what waits in them.
-type Parked = VecDeque<(LaneId, usize)>;
-
-#[derive(Default)]
-struct User {
-    in_flight: usize,
-    parked: Parked,
-}
-
-#[derive(Default)]
-struct Host {
-    name: String,
-    in_flight: usize,
-    breaker: Breaker,
-    probe: Option<u128>,
-    is_changed: bool,
-    parked: Parked,
-}
-
-struct Server {
-    in_flight: usize,
-    cap: usize,
-    parked: Parked,
-}
-
-/// What a lane may send now.
-enum Gate {
-    Open,
-    /// One job, to see whether the host is back.
-    Probe,
-    /// And whether a larger share of what is free would open it.
-    ShutBy(Place, bool),
-    /// Nobody knows yet where its jobs go.
-    Unrouted,
-}
-
-/// Where a lane can be held up.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Place {
-    User(usize),
-    Server(usize),
-    Host(usize),
-}
-
-/// Lanes that get another chance when one request has ended: its own place, and one more in case there is room for it.
-const UNPARKED: usize = 2;
-
-/// Where a job counts as in flight, from its pick to its end, wherever its lane leads meanwhile.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counted {
-    user: Option<usize>,
-    server: Option<usize>,
-    host: Option<usize>,
-}
-
 /// A job to be claimed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pick {
@@ -153,28 +101,6 @@ pub struct Pick {
     pub priority: usize,
     /// `Some`: it is not to be sent, but shares the failure of its host's probe.
     pub failure: Option<Rc<str>>,
-}
-
-/// Whether a job's host could be reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Reach {
-    Reached,
-    Unreachable(String),
-    /// The time was over, and nobody knows at what.
-    Silent(String),
-    /// It was not tried.
-    Unknown,
-}
-
-/// How a breaker stands, for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BreakerState {
-    pub host: String,
-    /// closed, open or half-open.
-    pub state: &'static str,
-    pub failures: u32,
-    pub probe_in: Duration,
-    pub error: String,
 }
 
 /// The jobs that wait, as far as they are known, and what is in flight.
@@ -290,10 +216,6 @@ impl Schedule {
         (lane.host, lane.server) = (host, server);
     }
 
-    fn host(&mut self, name: &str) -> usize {
-        self.hosts.place(name, || Host { name: name.to_owned(), ..Host::default() })
-    }
-
     // ── Sending ──
 
     /// Up to `limit` jobs to be claimed now. They count as in flight, until [`Schedule::finished`] or
@@ -357,110 +279,6 @@ impl Schedule {
         self.has_more
     }
 
-    fn gate(&self, id: LaneId, now: Instant) -> Gate {
-        let Some(lane) = self.lanes.get(id).and_then(Option::as_ref).filter(|lane| lane.is_routed) else {
-            return Gate::Unrouted;
-        };
-        let fair = self.room().saturating_mul(FAIR_SHARE);
-        if let Some(user) = lane.user.filter(|user| self.users[*user].in_flight >= fair) {
-            return Gate::ShutBy(Place::User(user), true);
-        }
-        if let Some(server) = lane.server.filter(|server| self.servers[*server].in_flight >= self.servers[*server].cap)
-        {
-            return Gate::ShutBy(Place::Server(server), false);
-        }
-        let Some(place) = lane.host else { return Gate::Open };
-        let host = &self.hosts[place];
-        match host.breaker.pass(now) {
-            Pass::Nothing => Gate::ShutBy(Place::Host(place), false),
-            _ if host.in_flight >= fair.min(self.caps.per_host) => Gate::ShutBy(Place::Host(place), true),
-            Pass::One => Gate::Probe,
-            Pass::All => Gate::Open,
-        }
-    }
-
-    fn parked(&mut self, place: Place) -> &mut Parked {
-        match place {
-            Place::User(user) => &mut self.users[user].parked,
-            Place::Server(server) => &mut self.servers[server].parked,
-            Place::Host(host) => &mut self.hosts[host].parked,
-        }
-    }
-
-    /// Gives lanes another chance whose share has grown since, because requests of others have ended.
-    fn share_anew(&mut self) {
-        let fair = self.room().saturating_mul(FAIR_SHARE);
-        for place in self.strained.iter().copied().collect::<Vec<_>>() {
-            let (in_flight, most) = match place {
-                Place::User(user) => (self.users[user].in_flight, fair),
-                Place::Host(host) => (self.hosts[host].in_flight, fair.min(self.caps.per_host)),
-                Place::Server(server) => (self.servers[server].in_flight, usize::MAX),
-            };
-            self.unpark(place, most.saturating_sub(in_flight));
-            if self.parked(place).is_empty() {
-                self.strained.remove(&place);
-            }
-        }
-    }
-
-    /// Gives up to `number` lanes that are held up at a place another chance.
-    fn unpark(&mut self, place: Place, mut number: usize) {
-        while number > 0 {
-            let Some((id, priority)) = self.parked(place).pop_front() else { return };
-            let Some(lane) = self.lane(id) else { continue };
-            if lane.waiting[priority].is_empty() {
-                lane.in_turn[priority] = false;
-                continue;
-            }
-            self.turns[priority].push_back(id);
-            number -= 1;
-        }
-    }
-
-    /// Gives all lanes another chance that are held up where this one may be.
-    fn unpark_around(&mut self, id: LaneId) {
-        let Some(lane) = self.lane(id) else { return };
-        let places = [lane.user.map(Place::User), lane.server.map(Place::Server), lane.host.map(Place::Host)];
-        places.into_iter().flatten().for_each(|place| self.unpark(place, usize::MAX));
-    }
-
-    fn count(&mut self, id: LaneId, counted: Counted, more: bool) {
-        let add = |number: &mut usize| *number = if more { *number + 1 } else { number.saturating_sub(1) };
-        let places = [counted.user.map(Place::User), counted.server.map(Place::Server), counted.host.map(Place::Host)];
-        add(&mut self.in_flight);
-        if let Some(lane) = self.lane(id) {
-            add(&mut lane.in_flight);
-        }
-        for place in places.into_iter().flatten() {
-            match place {
-                Place::User(user) => add(&mut self.users[user].in_flight),
-                Place::Server(server) => add(&mut self.servers[server].in_flight),
-                Place::Host(host) => add(&mut self.hosts[host].in_flight),
-            }
-            if !more {
-                self.unpark(place, UNPARKED);
-            }
-        }
-    }
-
-    fn probe(&mut self, place: usize, job: u128) {
-        self.hosts[place].breaker.probe();
-        self.hosts[place].probe = Some(job);
-        self.changed(place);
-    }
-
-    fn changed(&mut self, place: usize) {
-        let host = &mut self.hosts[place];
-        if !std::mem::replace(&mut host.is_changed, true) {
-            self.changed.push(place);
-        }
-        if matches!(host.breaker, Breaker::Closed { .. }) {
-            self.tripped.remove(&place);
-        } else {
-            self.tripped.insert(place);
-        }
-    }
-
     /// After the commit of a claim: these jobs are no longer in the table as pending.
     pub fn claimed(&mut self, picks: &[Pick]) {
         for pick in picks {
@@ -489,92 +307,6 @@ impl Schedule {
         if !std::mem::replace(&mut lane.in_turn[priority], true) {
             self.turns[priority].push_back(id);
         }
-    }
-
-    /// A job that was picked is no longer in flight, for whatever reason.
-    pub fn finished(&mut self, id: LaneId, counted: Counted, job: u128, reach: &Reach, now: Instant) {
-        self.count(id, counted, false);
-        let Some(place) = counted.host else { return };
-        let host = &mut self.hosts[place];
-        let is_probe = host.probe.take_if(|probe| *probe == job).is_some();
-        let (trip, is_changed) = match reach {
-            Reach::Reached => (Trip::Nothing, host.breaker.reached()),
-            // A probe that nobody answers is no better than one that nobody takes.
-            Reach::Silent(error) if is_probe => (host.breaker.failed(now, error, true, &self.rules), true),
-            Reach::Unreachable(error) => {
-                let trip = host.breaker.failed(now, error, is_probe, &self.rules);
-                (trip, trip != Trip::Nothing)
-            }
-            Reach::Silent(_) | Reach::Unknown => {
-                if is_probe {
-                    host.breaker.probe_lost(now);
-                }
-                (Trip::Nothing, is_probe)
-            }
-        };
-        if is_changed {
-            self.changed(place);
-        }
-        match (trip, reach) {
-            (Trip::ProbeFailed, Reach::Unreachable(error) | Reach::Silent(error)) => self.doom(place, error),
-            (_, Reach::Reached) if is_changed => self.unpark(Place::Host(place), usize::MAX),
-            _ => {}
-        }
-    }
-
-    /// The probe stood for all that waited for it.
-    fn doom(&mut self, host: usize, error: &str) {
-        let error: Rc<str> = error.into();
-        for id in 0..self.lanes.len() {
-            let Some(lane) = self.lane(id).filter(|lane| lane.host == Some(host)) else { continue };
-            let waiting: Vec<_> = lane.waiting.iter_mut().map(std::mem::take).collect();
-            for (priority, positions) in waiting.into_iter().enumerate() {
-                let picks = positions.into_iter();
-                self.doomed.extend(picks.map(|Waiting { position, bytes }| Pick {
-                    position,
-                    bytes,
-                    lane: id,
-                    counted: Counted::default(),
-                    priority,
-                    failure: Some(Rc::clone(&error)),
-                }));
-                self.look_for_more(id, priority);
-            }
-        }
-        // Those that are empty now are to be forgotten.
-        self.unpark(Place::Host(host), usize::MAX);
-    }
-
-    /// The breakers that have changed since the last call.
-    pub fn breaker_changes(&mut self, now: Instant) -> Vec<BreakerState> {
-        let mut changes = Vec::new();
-        for place in std::mem::take(&mut self.changed) {
-            let host = &mut self.hosts[place];
-            host.is_changed = false;
-            let (state, failures, until, error) = match &host.breaker {
-                Breaker::Closed { failures } => ("closed", *failures, now, ""),
-                Breaker::Open { failures, until, error, .. } => ("open", *failures, *until, error.as_str()),
-                Breaker::HalfOpen { failures, error, .. } => ("half-open", *failures, now, error.as_str()),
-            };
-            changes.push(BreakerState {
-                host: host.name.clone(),
-                state,
-                failures,
-                probe_in: until.saturating_duration_since(now),
-                error: error.to_owned(),
-            });
-        }
-        changes
-    }
-
-    /// When a probe may be sent to a host.
-    pub fn next_probe(&self) -> Option<Instant> {
-        self.tripped.iter().filter_map(|host| self.hosts[*host].breaker.probe_at()).min()
-    }
-
-    /// Whether jobs wait for their claim that share a probe's failure.
-    pub fn has_doomed(&self) -> bool {
-        !self.doomed.is_empty()
     }
 
     /// Forgets lanes, users, hosts and servers that nothing is known of any more.

@@ -55,14 +55,15 @@ impl Endpoint {
 /// The host and port of a URL, which also name it among hosts; the scheme goes before them where it is not the usual one
 /// of the port, because what fails over one need not fail over the other.
 pub fn authority(url: &Url) -> String {
+    let authority = host_and_port(url);
+    let is_usual = (url.scheme() == "https") == (url.port_or_known_default() == Some(443));
+    if is_usual { authority } else { format!("{}://{authority}", url.scheme()) }
+}
+
+/// The host and port of a URL, for people.
+pub fn host_and_port(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
-    let port = url.port_or_known_default().unwrap_or_default();
-    match (url.scheme(), port) {
-        ("https", 443) => format!("{host}:{port}"),
-        ("https", _) => format!("https://{host}:{port}"),
-        (_, 443) => format!("http://{host}:{port}"),
-        _ => format!("{host}:{port}"),
-    }
+    url.port_or_known_default().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
 /// The same of a URL's text, empty where that is no URL. Worked out for every job that is written, so the usual ones

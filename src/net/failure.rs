@@ -1,5 +1,6 @@
 //! What can go wrong on the way to a server and back, in words that a person understands.
 
+use super::endpoint;
 use super::outbound::Denied;
 use super::outcome::Retry;
 use crate::domain::schedule::Reach;
@@ -160,13 +161,7 @@ fn one_line(text: &str, length: usize) -> String {
 impl From<reqwest::Error> for Failure {
     // The error's own text holds the URL, which may hold a secret: only its causes are used.
     fn from(error: reqwest::Error) -> Self {
-        let authority = error.url().map_or_else(
-            || "the server".into(),
-            |url| {
-                let host = url.host_str().unwrap_or_default();
-                url.port_or_known_default().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
-            },
-        );
+        let authority = error.url().map_or_else(|| "the server".into(), endpoint::host_and_port);
         let host = error.url().and_then(|url| url.host_str()).unwrap_or("the server").to_owned();
         // The resolver's refusal comes wrapped in what looks like a name that was not found.
         if let Some(denied) = causes(&error).find_map(|cause| cause.downcast_ref::<Denied>()) {
@@ -178,8 +173,7 @@ impl From<reqwest::Error> for Failure {
             return Failure::Untrusted { authority, reason: words(&problem.to_string()) };
         }
         let mut reason = String::new();
-        let mut source: Option<&dyn std::error::Error> = std::error::Error::source(&error);
-        while let Some(cause) = source {
+        for cause in causes(&error) {
             reason = cause.to_string();
             if reason.contains("dns error") || reason.contains("failed to lookup address") {
                 return Failure::Resolve { host };
@@ -190,7 +184,6 @@ impl From<reqwest::Error> for Failure {
                 reason = plain.into();
                 break;
             }
-            source = cause.source();
         }
         if reason.contains("InvalidContentType") {
             reason = "no TLS is spoken there; is it http:// instead of https://?".into();
@@ -212,7 +205,7 @@ impl From<reqwest::Error> for Failure {
 }
 
 /// What an error was caused by, the outermost first; an I/O error hides the cause it carries.
-fn causes<'a>(error: &'a reqwest::Error) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+pub fn causes<'a>(error: &'a reqwest::Error) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
     let inner = |cause: &&'a (dyn std::error::Error + 'static)| match cause.downcast_ref::<std::io::Error>() {
         Some(io) => io.get_ref().map(|inner| inner as &(dyn std::error::Error + 'static)),
         None => cause.source(),

@@ -3,7 +3,7 @@
 //! The policy judges the address that is connected to: a literal one before the request, the ones a name stands for
 //! in the resolver that the client connects with, so a name that changes its addresses gains nothing.
 
-use super::failure::Failure;
+use super::failure::{Failure, causes};
 use crate::domain::egress::Policy;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Request, Response, Url};
@@ -234,16 +234,6 @@ impl Outbound {
 
 /// Whether no connection came about because the process, or the system, has no descriptor left.
 fn is_out_of_descriptors(error: &reqwest::Error) -> bool {
-    if !error.is_connect() {
-        return false;
-    }
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        let code = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-        if matches!(code, Some(libc::EMFILE | libc::ENFILE)) {
-            return true;
-        }
-        source = cause.source();
-    }
-    false
+    let code = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>()?.raw_os_error();
+    error.is_connect() && causes(error).any(|cause| matches!(code(cause), Some(libc::EMFILE | libc::ENFILE)))
 }

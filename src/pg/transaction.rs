@@ -22,11 +22,15 @@ pub enum Durability {
     Later,
 }
 
-/// Puts what this process has committed on disk.
+/// Puts what this process has committed on disk, unless the settings ask for no durable commits at all.
 pub fn make_durable() {
-    // SAFETY: a global of this process, and a call that waits for a write at most; it returns at once when there is
+    // SAFETY: globals of this process, and a call that waits for a write at most; it returns at once when there is
     // nothing to be written.
-    unsafe { pg_sys::XLogFlush(pg_sys::XactLastCommitEnd) }
+    unsafe {
+        if pg_sys::synchronous_commit > pg_sys::SyncCommitLevel::SYNCHRONOUS_COMMIT_OFF as i32 {
+            pg_sys::XLogFlush(pg_sys::XactLastCommitEnd);
+        }
+    }
 }
 
 /// [`run_with`], durable at commit.

@@ -114,10 +114,10 @@ impl Feed {
             }
             let unrouted = schedule.take_unrouted();
             route(queue, schedule, edge, unrouted)?;
-            picks.extend(schedule.pick(limit.saturating_sub(picks.len()), now));
-            if picks.len() >= limit {
+            if !hungry {
                 break;
             }
+            picks.extend(schedule.pick(limit - picks.len(), now));
         }
         if !schedule.is_ahead_due() {
             let due = queue.next_due()?;

@@ -66,24 +66,6 @@ fn a_job_in_a_prepared_transaction_runs_once_that_is_committed() {
     wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
 }
 
-/// Opens for good when told to.
-#[derive(Clone, Default)]
-struct Gate(Arc<(Mutex<bool>, Condvar)>);
-
-impl Gate {
-    fn open(&self) {
-        *self.0.0.lock().expect("not poisoned") = true;
-        self.0.1.notify_all();
-    }
-
-    fn pass(&self) {
-        let mut open = self.0.0.lock().expect("not poisoned");
-        while !*open {
-            open = self.0.1.wait(open).expect("not poisoned");
-        }
-    }
-}
-
 #[test]
 fn a_job_can_be_cancelled_until_it_is_finished() {
     let cluster = Cluster::start(&["nexus_hub.max_in_flight = 1"]);

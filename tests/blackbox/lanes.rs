@@ -4,8 +4,8 @@ use crate::support::*;
 use serde_json::json;
 use std::collections::HashSet;
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex};
 use uuid::Uuid;
 
 /// A server that counts how many requests are with it at a time.
@@ -26,28 +26,6 @@ impl Counting {
             Some(Answer::json("{}"))
         });
         Self { server, most }
-    }
-}
-
-/// A server that answers nobody until it is told to.
-#[derive(Clone, Default)]
-struct Gate(Arc<(Mutex<bool>, Condvar)>);
-
-impl Gate {
-    fn open(&self) {
-        *self.0.0.lock().expect("not poisoned") = true;
-        self.0.1.notify_all();
-    }
-
-    fn server(&self) -> FakeServer {
-        let gate = self.clone();
-        FakeServer::start(move |_| {
-            let mut open = gate.0.0.lock().expect("not poisoned");
-            while !*open {
-                open = gate.0.1.wait(open).expect("not poisoned");
-            }
-            Some(Answer::json("{}"))
-        })
     }
 }
 

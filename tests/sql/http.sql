@@ -4,26 +4,7 @@ BEGIN;
 SET LOCAL search_path = :"schema", pgtap, public;
 SELECT no_plan();
 
-DO $$
-BEGIN
-    IF to_regnamespace('pgtap') IS NOT NULL THEN
-        GRANT USAGE ON SCHEMA pgtap TO PUBLIC;
-    END IF;
-END
-$$;
-
--- "SQLSTATE: message | hint"
-CREATE FUNCTION pg_temp.error_of(statement text) RETURNS text LANGUAGE plpgsql AS $$
-DECLARE
-    state text; message text; hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(' | ', state || ': ' || message, nullif(hint, ''));
-END
-$$;
+\ir error_with_hint.psql
 -- The row that a call has made.
 CREATE FUNCTION pg_temp.job_of(call text) RETURNS job_results LANGUAGE plpgsql AS $$
 DECLARE

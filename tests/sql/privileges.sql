@@ -4,13 +4,6 @@ SET LOCAL search_path = :"schema", pgtap, public;
 SELECT no_plan();
 
 -- Roles that look around must reach pgTAP, and anon the install schema: it is the grants inside that are tested.
-DO $$
-BEGIN
-    IF to_regnamespace('pgtap') IS NOT NULL THEN
-        GRANT USAGE ON SCHEMA pgtap TO PUBLIC;
-    END IF;
-END
-$$;
 GRANT USAGE ON SCHEMA :"schema" TO anon;
 
 CREATE FUNCTION pg_temp.as_role(role text) RETURNS void LANGUAGE sql

@@ -3,14 +3,6 @@ BEGIN;
 SET LOCAL search_path = :"schema", pgtap, public;
 SELECT no_plan();
 
-DO $$
-BEGIN
-    IF to_regnamespace('pgtap') IS NOT NULL THEN
-        GRANT USAGE ON SCHEMA pgtap TO PUBLIC;
-    END IF;
-END
-$$;
-
 -- The ways to be known: as_claims sets both settings by hand, the others set them as PostgREST does.
 CREATE FUNCTION pg_temp.as_claims(claims text, sub text DEFAULT '') RETURNS void LANGUAGE sql
 AS $$ SELECT set_config('request.jwt.claims', claims, true), set_config('request.jwt.claim.sub', sub, true), set_config('role', 'authenticated', true) $$;

@@ -39,13 +39,6 @@ SELECT is(pg_temp.error_of(format('SELECT wait_for_job(%L, 20000)', :job)), '570
 RESET statement_timeout;
 
 BEGIN;
-DO $$
-BEGIN
-    IF to_regnamespace('pgtap') IS NOT NULL THEN
-        GRANT USAGE ON SCHEMA pgtap TO PUBLIC;
-    END IF;
-END
-$$;
 SELECT set_config('request.jwt.claims', format('{"sub": "%s"}', :a), true), set_config('role', 'authenticated', true);
 SELECT results_eq(format('SELECT status FROM wait_for_job(%L, 0)', :job), $$VALUES ('running')$$, 'a user waits for an own job');
 SELECT set_config('request.jwt.claims', '{"sub": "bbbbbbbb-0000-4000-8000-000000000002"}', true);

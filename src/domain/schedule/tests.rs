@@ -1,5 +1,6 @@
 use super::*;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 const RULES: Rules = Rules { threshold: 3, cooldown: Duration::from_secs(5) };
 

@@ -4,7 +4,7 @@ mod cluster;
 mod server;
 
 pub use cluster::{Cluster, Database, shared};
-pub use server::{Answer, EverythingServer, FakeServer, McpServer, RawServer, read_request};
+pub use server::{Answer, EverythingServer, FakeServer, Gate, McpServer, RawServer, read_request};
 
 use postgres::Client;
 use serde_json::Value;

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 /// A process that is ended with the value.
@@ -217,5 +217,33 @@ impl RawServer {
     /// How many connections there have been.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
+    }
+}
+
+/// Opens for good when told to.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.0.lock().expect("not poisoned") = true;
+        self.0.1.notify_all();
+    }
+
+    /// Waits until it is open.
+    pub fn pass(&self) {
+        let mut open = self.0.0.lock().expect("not poisoned");
+        while !*open {
+            open = self.0.1.wait(open).expect("not poisoned");
+        }
+    }
+
+    /// A server that answers nobody before it is open.
+    pub fn server(&self) -> FakeServer {
+        let gate = self.clone();
+        FakeServer::start(move |_| {
+            gate.pass();
+            Some(Answer::json("{}"))
+        })
     }
 }
