@@ -109,9 +109,12 @@ BEGIN
 END
 $$;
 
--- Meant for everybody: policies, column defaults and generated columns run these as whoever touches the tables, and
+-- Meant for everybody: policies, defaults, generated columns and constraints run these as whoever touches the tables, and
 -- they tell nothing.
-GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_role(), _nexus_hub.uuid_v7(), _nexus_hub.url_authority(text)
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_role(), _nexus_hub.uuid_v7(), _nexus_hub.url_authority(text),
+        _nexus_hub.is_job(text, text, text, boolean, boolean),
+        _nexus_hub.are_job_options(integer, timestamptz, integer, integer, text),
+        _nexus_hub.is_job_state(text, boolean, boolean, boolean, boolean)
    TO PUBLIC;
 
 SELECT _nexus_hub.grant_api();

@@ -12,60 +12,60 @@ AS 'MODULE_PATHNAME', 'url_authority_wrapper';
 COMMENT ON FUNCTION _nexus_hub.url_authority(text) IS
     'The host and port a URL leads to, as the worker reads it; the empty string for what is no http or https URL. NULL in, NULL out.';
 
+-- A CHECK's expression is parsed anew for each statement that writes a row, which for twenty of them takes longer than
+-- writing it. So there are few, and what they have in common is in functions, whose errors say more, too.
+
+CREATE FUNCTION _nexus_hub.is_job(job_type text, server_id text, tool_name text, has_uri boolean, has_url boolean) RETURNS boolean
+LANGUAGE c IMMUTABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'is_job_wrapper';
+COMMENT ON FUNCTION _nexus_hub.is_job(text, text, text, boolean, boolean) IS
+    'For CHECK: true, or raises 22023 with a helpful text when a job''s columns do not fit its type.';
+
+CREATE FUNCTION _nexus_hub.are_job_options(priority integer, run_at timestamptz, timeout_ms integer, max_attempts integer, idempotency_key text) RETURNS boolean
+LANGUAGE c IMMUTABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'are_job_options_wrapper';
+COMMENT ON FUNCTION _nexus_hub.are_job_options(integer, timestamptz, integer, integer, text) IS
+    'For CHECK: true, or raises 22023 with a helpful text when an option is out of its range.';
+
+CREATE FUNCTION _nexus_hub.is_job_state(status text, started boolean, ended boolean, leased boolean, has_outcome boolean) RETURNS boolean
+LANGUAGE c IMMUTABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'is_job_state_wrapper';
+COMMENT ON FUNCTION _nexus_hub.is_job_state(text, boolean, boolean, boolean, boolean) IS
+    'For CHECK: whether there is such a status, and a job''s times, lease, result and error fit it. completed, failed and cancelled jobs, and no others, have a completed_at, and may have a result and an error; running ones have a started_at, and may have a lease.';
+
 CREATE TABLE @extschema@.job_results (
     id uuid PRIMARY KEY DEFAULT _nexus_hub.uuid_v7(),
     user_id uuid,
-    job_type text NOT NULL
-        CONSTRAINT job_results_job_type_known
-        CHECK (job_type IN ('tool_invoke', 'resource_fetch', 'prompt_execute', 'http_request')),
-    server_id text
-        CONSTRAINT job_results_server_id_length CHECK (length(server_id) <= 200),
-    tool_name text
-        CONSTRAINT job_results_tool_name_length CHECK (length(tool_name) <= 200),
+    job_type text NOT NULL,
+    server_id text,
+    tool_name text,
     params jsonb NOT NULL DEFAULT '{}'
         CONSTRAINT job_results_params_object CHECK (jsonb_typeof(params) = 'object')
         CONSTRAINT job_results_params_size CHECK (pg_column_size(params) <= 16777216),
-    status text NOT NULL DEFAULT 'pending'
-        CONSTRAINT job_results_status_known
-        CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled')),
+    status text NOT NULL DEFAULT 'pending',
     result jsonb,
     error text,
     created_at timestamptz NOT NULL DEFAULT now(),
     started_at timestamptz,
     completed_at timestamptz,
     lease uuid,
-    priority smallint NOT NULL DEFAULT 5
-        CONSTRAINT job_results_priority_range CHECK (priority BETWEEN 1 AND 9),
-    run_at timestamptz NOT NULL DEFAULT now()
-        CONSTRAINT job_results_run_at_finite CHECK (isfinite(run_at)),
-    timeout_ms integer
-        CONSTRAINT job_results_timeout_range CHECK (timeout_ms BETWEEN 1 AND 3600000),
-    max_attempts integer
-        CONSTRAINT job_results_max_attempts_range CHECK (max_attempts BETWEEN 1 AND 100),
-    attempt integer NOT NULL DEFAULT 0
-        CONSTRAINT job_results_attempt_range CHECK (attempt >= 0),
-    crashes integer NOT NULL DEFAULT 0
-        CONSTRAINT job_results_crashes_range CHECK (crashes >= 0),
-    idempotency_key text
-        CONSTRAINT job_results_idempotency_key_length CHECK (length(idempotency_key) BETWEEN 1 AND 255),
+    priority smallint NOT NULL DEFAULT 5,
+    run_at timestamptz NOT NULL DEFAULT now(),
+    timeout_ms integer,
+    max_attempts integer,
+    attempt integer NOT NULL DEFAULT 0,
+    crashes integer NOT NULL DEFAULT 0,
+    idempotency_key text,
     target text GENERATED ALWAYS AS (
         CASE WHEN job_type = 'http_request' THEN _nexus_hub.url_authority(params ->> 'url') ELSE server_id END) STORED,
-    CONSTRAINT job_results_server_named
-        CHECK (job_type = 'http_request' OR coalesce(server_id, '') <> ''),
-    CONSTRAINT job_results_tool_named
-        CHECK (job_type NOT IN ('tool_invoke', 'prompt_execute') OR coalesce(tool_name, '') <> ''),
-    CONSTRAINT job_results_uri_given
-        CHECK (job_type <> 'resource_fetch' OR (params ->> 'uri') IS NOT NULL),
-    CONSTRAINT job_results_url_given
-        CHECK (job_type <> 'http_request' OR (params ->> 'url') IS NOT NULL),
-    CONSTRAINT job_results_finished_has_time
-        CHECK ((status IN ('completed', 'failed', 'cancelled')) = (completed_at IS NOT NULL)),
-    CONSTRAINT job_results_running_has_time
-        CHECK (status <> 'running' OR started_at IS NOT NULL),
-    CONSTRAINT job_results_lease_while_running
-        CHECK (lease IS NULL OR status = 'running'),
-    CONSTRAINT job_results_result_when_finished
-        CHECK ((result IS NULL AND error IS NULL) OR status IN ('completed', 'failed', 'cancelled'))
+    CONSTRAINT job_results_job
+        CHECK (_nexus_hub.is_job(job_type, server_id, tool_name, (params ->> 'uri') IS NOT NULL, (params ->> 'url') IS NOT NULL)),
+    CONSTRAINT job_results_options
+        CHECK (_nexus_hub.are_job_options(priority, run_at, timeout_ms, max_attempts, idempotency_key)),
+    CONSTRAINT job_results_state
+        CHECK (_nexus_hub.is_job_state(status, started_at IS NOT NULL, completed_at IS NOT NULL, lease IS NOT NULL,
+                                       result IS NOT NULL OR error IS NOT NULL)),
+    CONSTRAINT job_results_counts CHECK (least(attempt, crashes) >= 0)
 ) WITH (
     -- Each job is three row versions in quick succession: leave room on the page, and let autovacuum keep up.
     fillfactor = 70,
@@ -158,15 +158,13 @@ COMMENT ON FUNCTION _nexus_hub.settle_job() IS 'Trigger: makes times, lease, att
 -- The conditions spare the worker's own updates, which are settled already, the call.
 CREATE TRIGGER job_results_settle_again BEFORE UPDATE OF status ON @extschema@.job_results
     FOR EACH ROW
-    WHEN (NEW.status = 'pending' AND OLD.status IN ('completed', 'failed', 'cancelled'))
+    WHEN (OLD.completed_at IS NOT NULL AND NEW.status = 'pending')
     EXECUTE FUNCTION _nexus_hub.settle_job();
 CREATE TRIGGER job_results_settle BEFORE INSERT OR UPDATE ON @extschema@.job_results
     FOR EACH ROW
-    WHEN ((NEW.status IN ('completed', 'failed', 'cancelled')) <> (NEW.completed_at IS NOT NULL)
-          OR (NEW.status = 'running' AND NEW.started_at IS NULL)
-          OR (NEW.status <> 'running' AND NEW.lease IS NOT NULL)
-          OR (NEW.status = 'pending' AND NEW.started_at IS NOT NULL)
-          OR (NEW.status IN ('pending', 'running') AND (NEW.result IS NOT NULL OR NEW.error IS NOT NULL)))
+    -- Not pending with a started_at: that of an attempt that has failed.
+    WHEN (NOT _nexus_hub.is_job_state(NEW.status, NEW.started_at IS NOT NULL, NEW.completed_at IS NOT NULL, NEW.lease IS NOT NULL,
+                                      NEW.result IS NOT NULL OR NEW.error IS NOT NULL))
     EXECUTE FUNCTION _nexus_hub.settle_job();
 
 CREATE FUNCTION _nexus_hub.wake_on_change() RETURNS trigger
@@ -541,7 +539,8 @@ END;
 COMMENT ON FUNCTION _nexus_hub.read_pending(smallint[], timestamptz[], uuid[], integer[], integer, integer) IS
     'Due pending jobs: for each of several reads (numbered from 1) of one priority, those at or after a position, in their order, at most so many. Of the database''s p_workers workers each sees the targets that are its own; others are NULL.';
 
-CREATE FUNCTION _nexus_hub.next_due() RETURNS double precision
+CREATE FUNCTION _nexus_hub.next_due() RETURNS TABLE (seconds double precision)
+-- Inlined, like read_pending: a function that gives one value would be planned at every call.
 LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT extract(epoch FROM min(n.run_at) - now())::double precision
@@ -568,11 +567,9 @@ COMMENT ON FUNCTION _nexus_hub.read_servers(uuid[], text[]) IS 'The servers that
 
 CREATE FUNCTION _nexus_hub.claim_jobs(p_lease uuid, p_ids uuid[], p_careful boolean)
 RETURNS TABLE (id uuid, user_id uuid, job_type text, server_id text, tool_name text, params text, timeout_ms integer,
-               attempts integer, max_attempts integer,
-               user_config bytea, user_enabled boolean, system_config text, system_enabled boolean)
+               attempts integer, max_attempts integer)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off
 SET lock_timeout = '20ms'
 AS $$
 #variable_conflict use_column
@@ -582,22 +579,15 @@ BEGIN
         p_ids := ARRAY(SELECT p.id FROM _nexus_hub.job_results p WHERE p.id = ANY (p_ids) FOR UPDATE SKIP LOCKED);
     END IF;
     RETURN QUERY
-    WITH claimed AS (
-        UPDATE _nexus_hub.job_results j
-           SET status = 'running', started_at = clock_timestamp(), lease = p_lease, attempt = j.attempt + 1
-         -- Not status = 'pending': that would let a plan that was made when few jobs were pending read all of them.
-         WHERE j.id = ANY (p_ids) AND j.status || '' = 'pending' AND j.run_at <= clock_timestamp()
-        RETURNING j.id, j.user_id, j.job_type, j.server_id, j.tool_name, j.params, j.timeout_ms,
-                  j.attempt - j.crashes AS attempts, j.max_attempts)
-    SELECT c.id, c.user_id, c.job_type, c.server_id, c.tool_name, c.params::text, c.timeout_ms, c.attempts, c.max_attempts,
-           u.config_encrypted, u.enabled, s.config::text, s.enabled
-      FROM claimed c
-      LEFT JOIN _nexus_hub.user_servers u ON u.user_id = c.user_id AND u.server_id = c.server_id AND c.job_type <> 'http_request'
-      LEFT JOIN _nexus_hub.system_servers s ON s.id = c.server_id AND c.job_type <> 'http_request';
+    UPDATE _nexus_hub.job_results j
+       SET status = 'running', started_at = clock_timestamp(), lease = p_lease, attempt = j.attempt + 1
+     -- Not status = 'pending': that would let a plan that was made when few jobs were pending read all of them.
+     WHERE j.id = ANY (p_ids) AND j.status || '' = 'pending' AND j.run_at <= clock_timestamp()
+    RETURNING j.id, j.user_id, j.job_type, j.server_id, j.tool_name, j.params::text, j.timeout_ms, j.attempt - j.crashes, j.max_attempts;
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, uuid[], boolean) IS
-    'Takes those of the jobs p_ids that are still pending and due, under the lease p_lease, together with their server''s config. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
+    'Takes those of the jobs p_ids that are still pending and due, under the lease p_lease. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
 
 CREATE FUNCTION _nexus_hub.lost_jobs(p_ids uuid[], p_leases uuid[]) RETURNS TABLE (id uuid, lease uuid)
 LANGUAGE sql STABLE
@@ -613,7 +603,6 @@ CREATE FUNCTION _nexus_hub.write_outcomes(p_ids uuid[], p_leases uuid[], p_statu
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off
 SET plan_cache_mode = force_custom_plan
 AS $$
 BEGIN
@@ -654,7 +643,6 @@ CREATE FUNCTION _nexus_hub.complete_jobs(p_ids uuid[], p_leases uuid[], p_status
 RETURNS TABLE (id uuid, lease uuid)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off
 SET lock_timeout = '20ms'
 AS $$
 #variable_conflict use_column

@@ -2,7 +2,7 @@
 
 pub mod queue;
 
-use crate::domain::job::{self, JobType, Options};
+use crate::domain::job::{self, JobType, Misfit, Names, Options};
 use crate::net::endpoint;
 use crate::net::http::HttpCall;
 use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
@@ -22,6 +22,57 @@ fn uuid_v7() -> pgrx::Uuid {
     pgrx::Uuid::from_bytes(uuid::Uuid::now_v7().into_bytes())
 }
 
+fn bad(misfit: Misfit) -> ErrorReport {
+    error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice)
+}
+
+fn options(
+    names: Names,
+    priority: Option<i32>,
+    run_at: Option<TimestampWithTimeZone>,
+    timeout_ms: Option<i32>,
+    max_attempts: Option<i32>,
+    idempotency_key: Option<&str>,
+) -> Result<(), ErrorReport> {
+    job::check_options(names, &Options { priority, timeout_ms, max_attempts, idempotency_key }).map_err(bad)?;
+    if run_at.is_some_and(|time| time.is_infinity() || time.is_neg_infinity()) {
+        return Err(error(Kind::BadArgument, format!("{names}run_at must be a time, not infinity"))
+            .set_hint("A job that shall not run for now is one that has not been made yet."));
+    }
+    Ok(())
+}
+
+/// For a CHECK: true, or raises a helpful error when a job's columns do not fit its type.
+#[pg_extern(sql = false)]
+fn is_job(
+    job_type: Option<&str>,
+    server_id: Option<&str>,
+    tool_name: Option<&str>,
+    has_uri: bool,
+    has_url: bool,
+) -> Result<bool, ErrorReport> {
+    let has_param = |key: &str| if key == "uri" { has_uri } else { has_url };
+    job::check(Names::Columns, job_type, server_id, tool_name, true, has_param).map(|_| true).map_err(bad)
+}
+
+/// For a CHECK: true, or raises a helpful error when an option is out of its range.
+#[pg_extern(sql = false)]
+fn are_job_options(
+    priority: Option<i32>,
+    run_at: Option<TimestampWithTimeZone>,
+    timeout_ms: Option<i32>,
+    max_attempts: Option<i32>,
+    idempotency_key: Option<&str>,
+) -> Result<bool, ErrorReport> {
+    options(Names::Columns, priority, run_at, timeout_ms, max_attempts, idempotency_key).map(|()| true)
+}
+
+/// For a CHECK: whether there is such a status, and the rest of the row fits it.
+#[pg_extern(sql = false)]
+fn is_job_state(status: Option<&str>, started: bool, ended: bool, leased: bool, has_outcome: bool) -> bool {
+    status.is_some_and(|status| job::is_state(status, started, ended, leased, has_outcome))
+}
+
 /// Raises a helpful error when a job's fields do not fit its type.
 #[pg_extern(sql = false)]
 fn check_job(
@@ -36,8 +87,7 @@ fn check_job(
     let has_param = |key: &str| {
         members.as_ref().is_ok_and(|members| members.get(key).is_some_and(|value| value.get().starts_with('"')))
     };
-    let kind = job::check(job_type, server_id, tool_name, members.is_ok(), has_param)
-        .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))?;
+    let kind = job::check(Names::Arguments, job_type, server_id, tool_name, members.is_ok(), has_param).map_err(bad)?;
     if kind == JobType::HttpRequest {
         if bound {
             return Err(
@@ -61,12 +111,7 @@ fn check_job_options(
     idempotency_key: Option<&str>,
     bound: bool,
 ) -> Result<(), ErrorReport> {
-    job::check_options(&Options { priority, timeout_ms, max_attempts, idempotency_key })
-        .map_err(|misfit| error(Kind::BadArgument, misfit.problem).set_hint(misfit.advice))?;
-    if run_at.is_some_and(|time| time.is_infinity() || time.is_neg_infinity()) {
-        return Err(error(Kind::BadArgument, "p_run_at must be a time, not infinity")
-            .set_hint("A job that shall not run for now is one that has not been made yet."));
-    }
+    options(Names::Arguments, priority, run_at, timeout_ms, max_attempts, idempotency_key)?;
     if bound && priority.is_some_and(|priority| priority < job::USERS_PRIORITY) {
         return Err(error(Kind::NotAllowed, format!("p_priority must be {} or more for users", job::USERS_PRIORITY))
             .set_hint("Smaller numbers go before all others; create such jobs as service_role."));

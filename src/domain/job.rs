@@ -10,13 +10,16 @@ pub enum JobType {
 }
 
 impl JobType {
+    /// The name of the type that is no MCP call.
+    pub const HTTP_REQUEST: &str = "http_request";
+
     /// The type of that name, as the column `job_type` holds it.
     pub fn parse(name: &str) -> Option<Self> {
         match name {
             "tool_invoke" => Some(Self::ToolInvoke),
             "resource_fetch" => Some(Self::ResourceFetch),
             "prompt_execute" => Some(Self::PromptExecute),
-            "http_request" => Some(Self::HttpRequest),
+            Self::HTTP_REQUEST => Some(Self::HttpRequest),
             _ => None,
         }
     }
@@ -43,30 +46,46 @@ pub struct Options<'a> {
 /// The first priority that users may give.
 pub const USERS_PRIORITY: i32 = 5;
 
-/// Checks a job's options as the table's constraints do, but with texts that help.
-pub fn check_options(options: &Options<'_>) -> Result<(), Misfit> {
+/// What the names of a job's fields begin with in texts: those of its columns, or those of a function's arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    Columns,
+    Arguments,
+}
+
+impl std::fmt::Display for Names {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Self::Arguments { "p_" } else { "" })
+    }
+}
+
+/// Checks a job's options.
+pub fn check_options(names: Names, options: &Options<'_>) -> Result<(), Misfit> {
     let outside =
         |value: Option<i32>, range: std::ops::RangeInclusive<i32>| value.filter(|value| !range.contains(value));
     let fault = |problem: String, advice| Err(Misfit { problem, advice });
     if let Some(value) = outside(options.priority, 1..=9) {
-        return fault(format!("p_priority must be between 1 and 9, not {value}"), "1 is first, 5 is usual, 9 is last.");
+        return fault(
+            format!("{names}priority must be between 1 and 9, not {value}"),
+            "1 is first, 5 is usual, 9 is last.",
+        );
     }
     if let Some(value) = outside(options.timeout_ms, 1..=3_600_000) {
         return fault(
-            format!("p_timeout_ms must be between 1 and 3600000, not {value}"),
+            format!("{names}timeout_ms must be between 1 and 3600000, not {value}"),
             "It is the time an attempt may take in all, in milliseconds.",
         );
     }
     if let Some(value) = outside(options.max_attempts, 1..=100) {
         return fault(
-            format!("p_max_attempts must be between 1 and 100, not {value}"),
+            format!("{names}max_attempts must be between 1 and 100, not {value}"),
             "1 means that the job is not tried again.",
         );
     }
     match options.idempotency_key.map(|key| key.chars().count()) {
         None | Some(1..=255) => Ok(()),
         Some(length) => fault(
-            format!("p_idempotency_key must have 1 to 255 characters, not {length}"),
+            format!("{names}idempotency_key must have 1 to 255 characters, not {length}"),
             "Leave it NULL where the job may be made twice.",
         ),
     }
@@ -86,9 +105,9 @@ fn misfit(problem: impl Into<String>, advice: &'static str) -> Result<JobType, M
 /// Characters that a server's or tool's name may have.
 const MAX_NAME_LENGTH: usize = 200;
 
-/// Checks a job's fields as the table's constraints do, but with texts that help. `has_param` tells whether
-/// `params` has a key with a text.
+/// Checks whether a job's fields fit its type. `has_param` tells whether `params` has a key with a text.
 pub fn check(
+    names: Names,
     job_type: Option<&str>,
     server_id: Option<&str>,
     tool_name: Option<&str>,
@@ -104,33 +123,51 @@ pub fn check(
     };
     let missing = |value: Option<&str>| value.is_none_or(str::is_empty);
     if !params_are_an_object {
-        return misfit("p_params must be a JSON object", "Pass the arguments by name, such as {\"a\": 1}.");
+        return misfit(
+            format!("{names}params must be a JSON object"),
+            "Pass the arguments by name, such as {\"a\": 1}.",
+        );
     }
-    for (name, value) in [("p_server_id", server_id), ("p_tool_name", tool_name)] {
+    for (name, value) in [("server_id", server_id), ("tool_name", tool_name)] {
         let length = value.map_or(0, |value| value.chars().count());
         if length > MAX_NAME_LENGTH {
-            let problem = format!("{name} must have {MAX_NAME_LENGTH} characters at most, not {length}");
-            return misfit(problem, "Pass the name alone; arguments belong into p_params.");
+            let problem = format!("{names}{name} must have {MAX_NAME_LENGTH} characters at most, not {length}");
+            return misfit(problem, "Pass the name alone; arguments belong into the params.");
         }
     }
     if kind != JobType::HttpRequest && missing(server_id) {
-        return misfit("p_server_id is required for this job type", "list_servers() shows the servers there are.");
+        return misfit(
+            format!("{names}server_id is required for this job type"),
+            "list_servers() shows the servers there are.",
+        );
     }
     match kind {
         JobType::ToolInvoke if missing(tool_name) => {
-            misfit("p_tool_name is required for a tool_invoke job", "Pass the name of the tool to call.")
+            misfit(format!("{names}tool_name is required for a tool_invoke job"), "Pass the name of the tool to call.")
         }
         JobType::PromptExecute if missing(tool_name) => {
-            misfit("p_tool_name is required for a prompt_execute job", "Pass the name of the prompt.")
+            misfit(format!("{names}tool_name is required for a prompt_execute job"), "Pass the name of the prompt.")
         }
-        JobType::ResourceFetch if !has_param("uri") => {
-            misfit("p_params has no \"uri\" that is a string", "A resource_fetch job takes {\"uri\": \"…\"}.")
-        }
+        JobType::ResourceFetch if !has_param("uri") => misfit(
+            format!("{names}params has no \"uri\" that is a string"),
+            "A resource_fetch job takes {\"uri\": \"…\"}.",
+        ),
         JobType::HttpRequest if !has_param("url") => misfit(
-            "p_params has no \"url\" that is a string",
+            format!("{names}params has no \"url\" that is a string"),
             "An http_request job takes {\"url\": \"…\", \"method\": \"GET\", …}.",
         ),
         _ => Ok(kind),
+    }
+}
+
+/// Whether there is such a status, and what else a job has fits it: when it was started, when it ended, the lease that
+/// it is held under, and a result or an error.
+pub fn is_state(status: &str, started: bool, ended: bool, leased: bool, has_outcome: bool) -> bool {
+    match status {
+        "pending" => !started && !ended && !leased && !has_outcome,
+        "running" => started && !ended && !has_outcome,
+        "completed" | "failed" | "cancelled" => ended && !leased,
+        _ => false,
     }
 }
 
@@ -144,19 +181,29 @@ mod tests {
 
     #[test]
     fn fitting_jobs_pass() {
-        assert_eq!(check(Some("tool_invoke"), Some("s"), Some("t"), true, |_| false), Ok(JobType::ToolInvoke));
-        assert_eq!(check(Some("prompt_execute"), Some("s"), Some("t"), true, |_| false), Ok(JobType::PromptExecute));
         assert_eq!(
-            check(Some("resource_fetch"), Some("s"), None, true, |key| key == "uri"),
+            check(Names::Arguments, Some("tool_invoke"), Some("s"), Some("t"), true, |_| false),
+            Ok(JobType::ToolInvoke)
+        );
+        assert_eq!(
+            check(Names::Arguments, Some("prompt_execute"), Some("s"), Some("t"), true, |_| false),
+            Ok(JobType::PromptExecute)
+        );
+        assert_eq!(
+            check(Names::Arguments, Some("resource_fetch"), Some("s"), None, true, |key| key == "uri"),
             Ok(JobType::ResourceFetch)
         );
-        assert_eq!(check(Some("http_request"), None, None, true, |key| key == "url"), Ok(JobType::HttpRequest));
+        assert_eq!(
+            check(Names::Arguments, Some("http_request"), None, None, true, |key| key == "url"),
+            Ok(JobType::HttpRequest)
+        );
     }
 
     #[test]
     fn options_out_of_range_are_named_with_their_value() {
-        let problem =
-            |options: Options<'_>| check_options(&options).err().map(|misfit| misfit.problem).unwrap_or_default();
+        let problem = |options: Options<'_>| {
+            check_options(Names::Arguments, &options).err().map(|misfit| misfit.problem).unwrap_or_default()
+        };
         let long = "x".repeat(256);
         assert_eq!(problem(Options::default()), "");
         assert!(problem(Options { priority: Some(0), ..Options::default() }).ends_with("between 1 and 9, not 0"));
@@ -167,14 +214,60 @@ mod tests {
     }
 
     #[test]
+    fn columns_are_named_as_they_are() {
+        let options = Options { priority: Some(0), ..Options::default() };
+        let problem_of = |names| check_options(names, &options).err().map(|misfit| misfit.problem);
+        assert_eq!(problem_of(Names::Columns).as_deref(), Some("priority must be between 1 and 9, not 0"));
+        assert_eq!(problem_of(Names::Arguments).as_deref(), Some("p_priority must be between 1 and 9, not 0"));
+    }
+
+    #[test]
+    fn a_state_is_what_the_worker_and_the_functions_write() {
+        assert!(is_state("pending", false, false, false, false));
+        assert!(is_state("running", true, false, true, false) && is_state("running", true, false, false, false));
+        for ended in ["completed", "failed", "cancelled"] {
+            assert!(is_state(ended, true, true, false, true) && is_state(ended, false, true, false, false));
+            assert!(!is_state(ended, true, false, false, false) && !is_state(ended, true, true, true, false));
+        }
+        for (started, ended, leased, told) in [
+            (true, false, false, false),
+            (false, true, false, false),
+            (false, false, true, false),
+            (false, false, false, true),
+        ] {
+            assert!(!is_state("pending", started, ended, leased, told));
+        }
+        for (started, ended, told) in [(false, false, false), (true, true, false), (true, false, true)] {
+            assert!(!is_state("running", started, ended, true, told));
+        }
+        assert!(!is_state("paused", false, false, false, false));
+    }
+
+    #[test]
     fn every_misfit_says_what_is_wrong() {
-        assert_eq!(problem(check(Some("dance"), None, None, true, |_| true)), "unknown job type \"dance\"");
-        assert_eq!(problem(check(None, None, None, true, |_| true)), "unknown job type \"NULL\"");
-        assert!(problem(check(Some("tool_invoke"), None, Some("t"), true, |_| true)).contains("p_server_id"));
-        assert!(problem(check(Some("tool_invoke"), Some("s"), Some(""), true, |_| true)).contains("p_tool_name"));
-        assert!(problem(check(Some("prompt_execute"), Some("s"), None, true, |_| true)).contains("p_tool_name"));
-        assert!(problem(check(Some("resource_fetch"), Some("s"), None, true, |_| false)).contains("uri"));
-        assert!(problem(check(Some("http_request"), None, None, true, |_| false)).contains("url"));
-        assert!(problem(check(Some("http_request"), None, None, false, |_| true)).contains("JSON object"));
+        assert_eq!(
+            problem(check(Names::Arguments, Some("dance"), None, None, true, |_| true)),
+            "unknown job type \"dance\""
+        );
+        assert_eq!(problem(check(Names::Arguments, None, None, None, true, |_| true)), "unknown job type \"NULL\"");
+        assert!(
+            problem(check(Names::Arguments, Some("tool_invoke"), None, Some("t"), true, |_| true))
+                .contains("p_server_id")
+        );
+        assert!(
+            problem(check(Names::Arguments, Some("tool_invoke"), Some("s"), Some(""), true, |_| true))
+                .contains("p_tool_name")
+        );
+        assert!(
+            problem(check(Names::Arguments, Some("prompt_execute"), Some("s"), None, true, |_| true))
+                .contains("p_tool_name")
+        );
+        assert!(
+            problem(check(Names::Arguments, Some("resource_fetch"), Some("s"), None, true, |_| false)).contains("uri")
+        );
+        assert!(problem(check(Names::Arguments, Some("http_request"), None, None, true, |_| false)).contains("url"));
+        assert!(
+            problem(check(Names::Arguments, Some("http_request"), None, None, false, |_| true)).contains("JSON object")
+        );
     }
 }

@@ -1,10 +1,13 @@
 //! The worker's side of the job table: read, claim, complete, give back. Call everything here in a transaction.
 
+use crate::domain::job::JobType;
 use crate::domain::schedule::{BreakerState, LaneKey, Position, Read, Row};
 use crate::net::Verdict;
 use crate::servers::ServerRow;
 use pgrx::prelude::*;
 use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiError, SpiHeapTupleData};
+use std::collections::HashMap;
+use std::rc::Rc;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -21,7 +24,8 @@ pub struct ClaimedJob {
     /// Attempts with this one, crashes left out.
     pub attempts: i32,
     pub max_attempts: Option<i32>,
-    pub server: ServerRow,
+    /// Where an MCP job goes.
+    pub server: Rc<ServerRow>,
 }
 
 /// A job, and the lease that it is held under.
@@ -106,14 +110,13 @@ impl Queue {
                         Oids::INT4OID,
                     ],
                 )?,
-                next_due: prepare("SELECT _nexus_hub.next_due()", &[])?,
+                next_due: prepare("SELECT seconds FROM _nexus_hub.next_due()", &[])?,
                 servers: prepare(
                     "SELECT lane, user_config, user_enabled, system_config, system_enabled FROM _nexus_hub.read_servers($1, $2)",
                     &[Oids::UUIDARRAYOID, Oids::TEXTARRAYOID],
                 )?,
                 claim: prepare(
-                    "SELECT id, user_id, job_type, server_id, tool_name, params, timeout_ms, attempts, max_attempts,
-                            user_config, user_enabled, system_config, system_enabled
+                    "SELECT id, user_id, job_type, server_id, tool_name, params, timeout_ms, attempts, max_attempts
                        FROM _nexus_hub.claim_jobs($1, $2, $3)",
                     &[Oids::UUIDOID, Oids::UUIDARRAYOID, Oids::BOOLOID],
                 )?,
@@ -232,7 +235,7 @@ impl Queue {
     /// passes over rows that somebody keeps locked, instead of failing.
     pub fn claim(&self, lease: Uuid, jobs: &[u128], careful: bool) -> Result<Vec<ClaimedJob>, SpiError> {
         let jobs: Vec<_> = jobs.iter().map(|job| pgrx::Uuid::from_bytes(job.to_be_bytes())).collect();
-        Spi::connect_mut(|client: &mut SpiClient<'_>| {
+        let mut claimed = Spi::connect_mut(|client: &mut SpiClient<'_>| {
             let rows = client.update(&self.claim, None, &[datum(lease).into(), jobs.into(), careful.into()])?;
             let mut jobs = Vec::with_capacity(rows.len());
             for row in rows {
@@ -248,11 +251,35 @@ impl Queue {
                     timeout,
                     attempts: row.get(8)?.unwrap_or(1),
                     max_attempts: row.get(9)?,
-                    server: server(&row, 10)?,
+                    server: Rc::default(),
                 });
             }
-            Ok(jobs)
-        })
+            Ok::<_, SpiError>(jobs)
+        })?;
+        self.add_servers(&mut claimed)?;
+        Ok(claimed)
+    }
+
+    /// Gives MCP jobs their servers, each of which is read once.
+    fn add_servers(&self, jobs: &mut [ClaimedJob]) -> Result<(), SpiError> {
+        let lane = |job: &ClaimedJob| {
+            let target = Some(job.server_id.clone()?).filter(|_| job.job_type != JobType::HTTP_REQUEST)?;
+            Some(LaneKey { user: job.user_id.map(|user| user.as_u128()), target, is_mcp: true })
+        };
+        let mut servers: HashMap<LaneKey, Rc<ServerRow>> =
+            jobs.iter().filter_map(lane).map(|lane| (lane, Rc::default())).collect();
+        if servers.is_empty() {
+            return Ok(());
+        }
+        let lanes: Vec<_> = servers.keys().cloned().collect();
+        let rows = self.servers(&lanes)?;
+        servers.extend(lanes.into_iter().zip(rows.into_iter().map(Rc::new)));
+        for job in jobs {
+            if let Some(server) = lane(job).and_then(|lane| servers.get(&lane)) {
+                job.server = Rc::clone(server);
+            }
+        }
+        Ok(())
     }
 
     /// Writes outcomes of jobs that are still held under their leases. Returns those whose rows somebody else

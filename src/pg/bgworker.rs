@@ -169,6 +169,13 @@ impl Waiter {
     }
 }
 
+/// How long ago the server was started; a restart after a crash of one of its processes is none.
+pub fn server_uptime() -> Duration {
+    // SAFETY: a global that the postmaster has set, and a look at the clock.
+    let microseconds = unsafe { pg_sys::GetCurrentTimestamp() - pg_sys::PgStartTime };
+    Duration::from_micros(u64::try_from(microseconds).unwrap_or_default())
+}
+
 /// Whether the process was told to end.
 pub fn stop_requested() -> bool {
     // SAFETY: a flag that the signal handler sets and nobody takes back.

@@ -31,18 +31,33 @@ pub fn connectable_databases() -> Result<Vec<pg_sys::Oid>, String> {
     Ok(databases)
 }
 
-/// The extension's oid in this database, if it is installed. Call it in a transaction.
-pub fn extension() -> Option<pg_sys::Oid> {
+/// The extension as installed in this database: another one, once it was dropped and made anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extension {
+    oid: pg_sys::Oid,
+    schema: pg_sys::Oid,
+}
+
+/// The oid of `_nexus_hub`, which lives and dies with the extension. Unlike an extension it is found in a cache.
+fn schema() -> pg_sys::Oid {
+    // SAFETY: looks a static C string up in the catalogue.
+    unsafe { pg_sys::get_namespace_oid(c"_nexus_hub".as_ptr(), true) }
+}
+
+/// The extension, if it is installed in this database. Call it in a transaction.
+pub fn extension() -> Option<Extension> {
     // SAFETY: looks a static C string up in the catalogue.
     let oid = unsafe { pg_sys::get_extension_oid(c"nexus_hub".as_ptr(), true) };
-    (oid != pg_sys::InvalidOid).then_some(oid)
+    (oid != pg_sys::InvalidOid).then(|| Extension { oid, schema: schema() })
 }
 
 /// Holds off DROP EXTENSION until the transaction ends, and tells whether the extension is still the one it was.
-pub fn hold_extension(oid: pg_sys::Oid) -> bool {
+pub fn hold_extension(extension: Extension) -> bool {
     // SAFETY: an ordinary lock of the running transaction, on the object that DROP EXTENSION locks first.
-    unsafe { pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, oid, 0, pg_sys::AccessShareLock as i32) };
-    extension() == Some(oid)
+    unsafe {
+        pg_sys::LockDatabaseObject(pg_sys::ExtensionRelationId, extension.oid, 0, pg_sys::AccessShareLock as i32)
+    };
+    schema() == extension.schema && extension.schema != pg_sys::InvalidOid
 }
 
 /// The oid of the database of that name. Call it in a transaction.

@@ -11,6 +11,9 @@ const MAX_ROUNDS: usize = 8;
 /// Added to the time until a job is due, so that it is by the clock of the next transaction.
 const MARGIN: Duration = Duration::from_millis(1);
 
+/// How long jobs that are due now may keep the worker from finding out when the next one is.
+const MAX_UNKNOWN: Duration = Duration::from_millis(10);
+
 /// Work that may take a twentieth of the time.
 #[derive(Clone, Copy, Debug)]
 pub struct Duty {
@@ -41,13 +44,15 @@ pub struct Feed {
     ahead: Duty,
     /// When a job becomes due that is not due yet.
     due_at: Option<Instant>,
+    /// Since when it is not known when that is.
+    due_unknown: Option<Instant>,
     /// Something was committed that nobody has read yet.
     read_first: bool,
 }
 
 impl Feed {
     pub fn new(now: Instant) -> Self {
-        Self { behind: Duty::new(now), ahead: Duty::new(now), due_at: None, read_first: false }
+        Self { behind: Duty::new(now), ahead: Duty::new(now), due_at: None, due_unknown: None, read_first: false }
     }
 
     /// Has the next reading look at what was committed, whatever is known already.
@@ -120,10 +125,22 @@ impl Feed {
             picks.extend(schedule.pick(limit - picks.len(), now));
         }
         if !schedule.is_ahead_due() {
-            let due = queue.next_due()?;
-            self.due_at = None;
-            due.into_iter().for_each(|time| self.expect(time));
+            self.due_unknown.get_or_insert(now);
         }
+        Ok(())
+    }
+
+    /// When somebody has to find out when the next job is due, which no job that is due now should wait for.
+    pub fn look_for_due_at(&self, is_idle: bool) -> Option<Instant> {
+        self.due_unknown.map(|since| if is_idle { since } else { since + MAX_UNKNOWN })
+    }
+
+    /// Finds out when the next job is due. Call it in a transaction.
+    pub fn look_for_due(&mut self, queue: &Queue) -> Result<(), SpiError> {
+        let due = queue.next_due()?;
+        self.due_unknown = None;
+        self.due_at = None;
+        due.into_iter().for_each(|time| self.expect(time));
         Ok(())
     }
 }

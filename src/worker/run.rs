@@ -12,6 +12,7 @@ use crate::jobs::queue::{Claim, Queue};
 use crate::net::outbound::Outbound;
 use crate::net::{Limits, Net, ThreadGone};
 use crate::pg::bgworker::Waiter;
+use crate::pg::catalog::Extension;
 use crate::pg::guc::{Executor, WorkerSettings};
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
@@ -32,10 +33,12 @@ const DRAIN_TIME: Duration = Duration::from_secs(30);
 const GATHER_IN_FLIGHT: usize = 256;
 const GATHER_OUTCOMES: usize = 128;
 const GATHER_TIME: Duration = Duration::from_millis(2);
+/// How long claims wait for the next transaction to put them on disk with its own changes.
+pub const FLUSH_TIME: Duration = Duration::from_millis(2);
 
 /// A worker at work.
 pub struct Worker {
-    pub extension: pg_sys::Oid,
+    pub extension: Extension,
     pub database: pg_sys::Oid,
     pub place: Place,
     /// What the leases of this worker begin with.
@@ -77,6 +80,11 @@ pub struct Worker {
     pub looked_at: Instant,
     /// Whether somebody has changed jobs that run.
     pub look_due: bool,
+    /// When the last claims have to be on disk, if no other transaction puts them there.
+    pub flush_at: Option<Instant>,
+    /// Until then claims are put on disk at once. A crash of the server forgets those that are not, and does not count
+    /// against the job that caused it; the second one shall.
+    pub wary_until: Option<Instant>,
     pub careful_until: Option<Instant>,
     /// Polls at which memory is given back: after work, until the connections that were kept are closed, too.
     pub trims_due: u32,
@@ -111,11 +119,11 @@ impl Worker {
                 log!("nexus_hub: the network thread is gone");
                 return RESTART;
             }
+            if self.flush_at.take_if(|at| Instant::now() >= *at).is_some() {
+                transaction::make_durable();
+            }
             match self.step() {
-                Ok(Step::Done(done)) => {
-                    self.settle(done);
-                    transaction::make_durable();
-                }
+                Ok(Step::Done(done)) => self.settle(done),
                 Ok(Step::ExtensionGone { replaced }) => {
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
                     shmem::set_worker_state(state);
@@ -184,10 +192,16 @@ impl Worker {
         } else {
             // A probe that was due and not sent waits for a place.
             let probe = self.schedule.next_probe().filter(|at| *at > self.looked_at);
-            let jobs = [self.feed.next(&self.schedule), probe].into_iter().flatten().filter(|_| may_claim);
+            let look = self.feed.look_for_due_at(self.in_flight.is_empty());
+            let jobs = [self.feed.next(&self.schedule), probe, look].into_iter().flatten().filter(|_| may_claim);
             let drained = self.draining_since.map(|since| since + DRAIN_TIME);
-            let next =
-                jobs.chain(self.backlog.look_again()).chain(drained).chain([self.next_poll]).min().unwrap_or(now);
+            let next = jobs
+                .chain(self.backlog.look_again())
+                .chain(drained)
+                .chain(self.flush_at)
+                .chain([self.next_poll])
+                .min()
+                .unwrap_or(now);
             next.saturating_duration_since(now)
         };
         self.waiter.wait(time);

@@ -16,11 +16,15 @@ use crate::pg::{bgworker, catalog, transaction};
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Descriptors that are not for requests: files of PostgreSQL, sessions, the way to the network thread.
 const OTHER_DESCRIPTORS: usize = 200;
+/// A worker that starts within this time of its server starts with it.
+const PROMPT_START: Duration = Duration::from_secs(10);
+/// How long a worker is wary that was started later.
+const WARY_TIME: Duration = Duration::from_secs(60);
 
 /// Runs the worker of a slot until it has to end, and returns its exit code.
 pub fn main(slot: usize) -> i32 {
@@ -106,6 +110,9 @@ pub fn main(slot: usize) -> i32 {
         was_woken: false,
         looked_at: now,
         look_due: false,
+        flush_at: None,
+        // Later than the server: after a crash, as like as not.
+        wary_until: (bgworker::server_uptime() > PROMPT_START).then(|| now + WARY_TIME),
         careful_until: None,
         trims_due: 0,
         // At once: jobs of a worker that is gone are given back by the poll.

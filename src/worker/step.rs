@@ -3,7 +3,7 @@
 use super::assign;
 use super::backlog::Finished;
 use super::feed;
-use super::run::{RESTART, Worker};
+use super::run::{FLUSH_TIME, RESTART, Worker};
 use super::start;
 use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
 use crate::jobs::queue::{Claim, ClaimedJob, Queue};
@@ -88,7 +88,10 @@ impl Worker {
         self.breakers.retain(|old| !changes.iter().any(|new| new.host == old.host));
         self.breakers.extend(changes);
         let look = poll || (std::mem::take(&mut self.look_due) && !self.in_flight.is_empty());
-        if batch.is_empty() && self.picks.is_empty() && self.breakers.is_empty() && !reads && !look {
+        let is_idle = batch.is_empty() && self.picks.is_empty() && self.breakers.is_empty() && !reads && !look;
+        let is_due_asked = self.feed.look_for_due_at(is_idle && self.in_flight.is_empty()).is_some_and(|at| now >= at);
+        let ask_due = may_claim && is_due_asked;
+        if is_idle && !ask_due {
             return Ok(Step::Done(Done::default()));
         }
         if !batch.is_empty() || !self.picks.is_empty() {
@@ -144,6 +147,9 @@ impl Worker {
                 if reads {
                     feed.fill(queue, schedule, edge.as_ref(), picks, limit, now)?;
                 }
+                if ask_due {
+                    feed.look_for_due(queue)?;
+                }
                 if !picks.is_empty() {
                     let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
                     done.claimed = queue.claim(lease, &jobs, careful)?;
@@ -159,6 +165,13 @@ impl Worker {
         if released > 0 {
             log!("nexus_hub: gave back {released} jobs of a worker that is gone");
             shmem::wake(self.database, false);
+        }
+        if !done.claimed.is_empty() && durability == Durability::Later {
+            let is_wary = self.wary_until.is_some_and(|until| now < until);
+            self.flush_at.get_or_insert(if is_wary { now } else { now + FLUSH_TIME });
+        } else if !self.tried.is_empty() && done.locked.is_empty() {
+            // What was written has taken the claims to the disk with it.
+            self.flush_at = None;
         }
         self.failures = 0;
         self.not_before = None;

@@ -170,11 +170,11 @@ SELECT is(retry_failed_jobs(), 0, 'once is enough');
 -- ── What is due ──
 
 DELETE FROM job_results;
-SELECT is(_nexus_hub.next_due(), NULL, 'nothing is due when there is nothing');
+SELECT is((SELECT seconds FROM _nexus_hub.next_due()), NULL, 'nothing is due when there is nothing');
 INSERT INTO job_results (user_id, job_type, server_id, tool_name, priority, run_at) VALUES
     (:a, 'tool_invoke', 'one', 'later', 9, now() + interval '90 s'), (:a, 'tool_invoke', 'one', 'latest', 1, now() + interval '1 h'),
     (:a, 'tool_invoke', 'one', 'due', 5, now()), (:a, 'tool_invoke', 'two', 'overdue', 5, now() - interval '1 h'), (:a, 'tool_invoke', 'one', 'urgent', 1, now());
-SELECT is(_nexus_hub.next_due(), 90::double precision, 'the next job is due when the first is that is not due yet, whatever its priority');
+SELECT is((SELECT seconds FROM _nexus_hub.next_due()), 90::double precision, 'the next job is due when the first is that is not due yet, whatever its priority');
 CREATE FUNCTION pg_temp.due(priority integer, most integer, worker integer DEFAULT 0, workers integer DEFAULT 1) RETURNS text LANGUAGE sql AS $$
     SELECT string_agg(j.tool_name, ' ' ORDER BY n)
       FROM _nexus_hub.read_pending(ARRAY[priority::smallint], ARRAY['-infinity'::timestamptz], ARRAY['00000000-0000-0000-0000-000000000000'::uuid], ARRAY[most], worker, workers)

@@ -55,8 +55,10 @@ SELECT is_empty(
 -- Trigger functions need no exception: EXECUTE is asked for when a trigger is made, not when it fires.
 SELECT set_eq(
     $$SELECT object, privilege_type FROM granted WHERE grantee = 'PUBLIC'$$,
-    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.is_service_role()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE'), ('_nexus_hub.url_authority(text)', 'EXECUTE')$$,
-    'PUBLIC may execute what policies, defaults and generated columns call, and nothing else');
+    $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.is_service_role()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE'), ('_nexus_hub.url_authority(text)', 'EXECUTE'),
+              ('_nexus_hub.is_job(text,text,text,boolean,boolean)', 'EXECUTE'), ('_nexus_hub.is_job_state(text,boolean,boolean,boolean,boolean)', 'EXECUTE'),
+              ('_nexus_hub.are_job_options(integer,timestamp with time zone,integer,integer,text)', 'EXECUTE')$$,
+    'PUBLIC may execute what policies, defaults, generated columns and constraints call, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
 SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub'$$,
                 'the views in _nexus_hub are granted to nobody');
