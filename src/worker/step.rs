@@ -147,7 +147,7 @@ impl Worker {
                 if reads {
                     feed.fill(queue, schedule, edge.as_ref(), picks, limit, now)?;
                 }
-                if ask_due {
+                if ask_due || (picks.is_empty() && feed.look_for_due_at(true).is_some()) {
                     feed.look_for_due(queue)?;
                 }
                 if !picks.is_empty() {
