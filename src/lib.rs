@@ -27,6 +27,7 @@ extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     pg::guc::register();
+    pg::app_settings::register();
     if pg::preloading() {
         pg::shmem::register();
         pg::hooks::register();

@@ -2,11 +2,13 @@
 //!
 //! Everything here runs on the process's main thread; nothing here knows the network.
 
+pub mod app_settings;
 pub mod bgworker;
 pub mod catalog;
 pub mod error;
 pub mod guc;
 pub mod hooks;
+pub mod process;
 pub mod random;
 pub mod shmem;
 pub mod snapshot;

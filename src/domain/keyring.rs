@@ -1,7 +1,13 @@
 //! The vault's keys: the first encrypts, all decrypt.
 
 use super::envelope::Key;
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
+
+/// A key as it comes from its source.
+pub type RawKey = [u8; 32];
+
+/// Keys that a ring has at most: each ciphertext that none of them opens is tried with all of them.
+pub const MAX_KEYS: usize = 32;
 
 /// A ring of at least one key.
 pub struct KeyRing(Vec<Key>);
@@ -13,6 +19,8 @@ pub enum Malformed {
     Empty,
     /// The line of that number is not 64 hex characters.
     Line(usize),
+    /// There are more than [`MAX_KEYS`].
+    TooMany,
 }
 
 impl std::fmt::Display for Malformed {
@@ -20,27 +28,34 @@ impl std::fmt::Display for Malformed {
         match self {
             Malformed::Empty => f.write_str("it holds no key"),
             Malformed::Line(number) => write!(f, "line {number} is not 64 hex characters"),
+            Malformed::TooMany => write!(f, "it holds more than {MAX_KEYS} keys"),
         }
     }
 }
 
-impl KeyRing {
-    /// Reads one key a line, newest first. Empty lines and lines that begin with `#` are passed over.
-    pub fn parse(text: &str) -> Result<Self, Malformed> {
-        let mut keys = Vec::new();
-        for (index, line) in text.lines().enumerate() {
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
-                continue;
-            }
-            let mut bytes = Zeroizing::new([0u8; 32]);
-            if hex::decode_to_slice(line, bytes.as_mut_slice()).is_err() {
-                bytes.zeroize();
-                return Err(Malformed::Line(index + 1));
-            }
-            keys.push(Key::new(&bytes));
+/// Reads one key a line, newest first. Empty lines and lines that begin with `#` are passed over.
+pub fn parse(text: &str) -> Result<Zeroizing<Vec<RawKey>>, Malformed> {
+    // It never grows, because a Vec that does leaves copies of the keys behind.
+    let mut keys = Zeroizing::new(Vec::with_capacity(MAX_KEYS));
+    for (index, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
         }
-        if keys.is_empty() { Err(Malformed::Empty) } else { Ok(Self(keys)) }
+        if keys.len() == MAX_KEYS {
+            return Err(Malformed::TooMany);
+        }
+        let mut key = Zeroizing::new([0; 32]);
+        hex::decode_to_slice(line, key.as_mut_slice()).map_err(|_| Malformed::Line(index + 1))?;
+        keys.push(*key);
+    }
+    if keys.is_empty() { Err(Malformed::Empty) } else { Ok(keys) }
+}
+
+impl KeyRing {
+    /// A ring of these keys, the first of which encrypts.
+    pub fn new(keys: &[RawKey]) -> Self {
+        Self(keys.iter().map(Key::new).collect())
     }
 
     /// Encrypts with the first key. `None`: too long for GCM.
@@ -62,7 +77,7 @@ mod tests {
     const NEW: &str = "00000000000000000000000000000000000000000000000000000000000000FF";
 
     fn ring(text: &str) -> KeyRing {
-        KeyRing::parse(text).unwrap_or_else(|problem| panic!("{problem}"))
+        KeyRing::new(&parse(text).unwrap_or_else(|problem| panic!("{problem}")))
     }
 
     #[test]
@@ -77,11 +92,13 @@ mod tests {
 
     #[test]
     fn a_malformed_ring_is_told_by_line_without_its_text() {
-        assert_eq!(KeyRing::parse(" \n# only words\n").err(), Some(Malformed::Empty));
-        let problem = KeyRing::parse(&format!("{NEW}\nnot-a-key\n")).err();
+        assert_eq!(parse(" \n# only words\n").err(), Some(Malformed::Empty));
+        let problem = parse(&format!("{NEW}\nnot-a-key\n")).err();
         assert_eq!(problem, Some(Malformed::Line(2)));
         assert_eq!(Malformed::Line(2).to_string(), "line 2 is not 64 hex characters");
-        assert_eq!(KeyRing::parse(&NEW[2..]).err(), Some(Malformed::Line(1)));
-        assert_eq!(KeyRing::parse(&format!("{NEW}00")).err(), Some(Malformed::Line(1)));
+        assert_eq!(parse(&NEW[2..]).err(), Some(Malformed::Line(1)));
+        assert_eq!(parse(&format!("{NEW}00")).err(), Some(Malformed::Line(1)));
+        assert_eq!(parse(&[NEW; MAX_KEYS].join("\n")).map(|keys| keys.len()), Ok(MAX_KEYS));
+        assert_eq!(parse(&[NEW; MAX_KEYS + 1].join("\n")).err(), Some(Malformed::TooMany));
     }
 }

@@ -1,12 +1,15 @@
 //! The settings, `nexus_hub.*`: private statics with typed getters.
 
+use super::shmem;
 use crate::domain::egress::Policy;
 use pgrx::prelude::*;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+static VAULT_KEY_COMMAND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static VAULT_KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static EXECUTOR: GucSetting<Executor> = GucSetting::<Executor>::new(Executor::Worker);
@@ -40,10 +43,24 @@ pub enum Executor {
 
 /// Announces the settings to PostgreSQL. Called once, from `_PG_init`.
 pub fn register() {
+    // SAFETY: the hook is guarded, and only counts in shared memory.
+    unsafe {
+        GucRegistry::define_string_guc_with_hooks(
+            c"nexus_hub.vault_key_command",
+            c"Shell command that prints the vault keys: 64 hex characters a line, the first encrypts, all decrypt.",
+            c"Run by the server's user, once after the start and after each configuration reload, when a key is needed; it has 10 seconds. It goes before nexus_hub.vault_key_file.",
+            &VAULT_KEY_COMMAND,
+            GucContext::Sighup,
+            GucFlags::SUPERUSER_ONLY,
+            None,
+            Some(note_load),
+            None,
+        );
+    }
     GucRegistry::define_string_guc(
         c"nexus_hub.vault_key_file",
         c"File with the vault keys: 64 hex characters a line, the first encrypts, all decrypt.",
-        c"Absolute, or relative to the data directory. Refused when readable by group or others. Read again after a configuration reload. Without it the environment variable VAULT_ENCRYPTION_KEY of the server is used.",
+        c"Absolute, or relative to the data directory. Refused when readable by group or others. Read again after a configuration reload. Without it the environment variable VAULT_ENCRYPTION_KEY of the server is used, and without that the setting app.vault_key.",
         &VAULT_KEY_FILE,
         GucContext::Sighup,
         GucFlags::SUPERUSER_ONLY,
@@ -249,6 +266,12 @@ pub fn register() {
     }
 }
 
+// PostgreSQL assigns a setting of a configuration file at each load, changed or not.
+#[pg_guard]
+unsafe extern "C-unwind" fn note_load(_value: *const std::ffi::c_char, _extra: *mut std::ffi::c_void) {
+    shmem::keys::note_load();
+}
+
 #[pg_guard]
 unsafe extern "C-unwind" fn check_egress_allow(
     value: *mut *mut std::ffi::c_char,
@@ -286,18 +309,22 @@ pub fn ca_file() -> Option<PathBuf> {
     path(&CA_FILE)
 }
 
+/// `nexus_hub.vault_key_command`, NULL and the empty string being the same.
+pub fn vault_key_command() -> Option<OsString> {
+    os_string(&VAULT_KEY_COMMAND)
+}
+
 /// `nexus_hub.vault_key_file`, NULL and the empty string being the same.
 pub fn vault_key_file() -> Option<PathBuf> {
     path(&VAULT_KEY_FILE)
 }
 
 fn path(setting: &GucSetting<Option<CString>>) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    setting
-        .get()
-        .map(CString::into_bytes)
-        .filter(|path| !path.is_empty())
-        .map(|path| PathBuf::from(std::ffi::OsString::from_vec(path)))
+    os_string(setting).map(PathBuf::from)
+}
+
+fn os_string(setting: &GucSetting<Option<CString>>) -> Option<OsString> {
+    setting.get().map(CString::into_bytes).filter(|text| !text.is_empty()).map(OsString::from_vec)
 }
 
 /// When this process last read the configuration files: caches of what they name are good until it changes.

@@ -3,6 +3,8 @@
 //! All of it is atomics, so a process killed at any point leaves no lock behind, and a commit callback can use it
 //! without a chance to fail.
 
+pub mod keys;
+
 use pgrx::prelude::*;
 use std::cell::UnsafeCell;
 use std::ptr::null_mut;
@@ -84,6 +86,7 @@ struct Shared {
     rescan: AtomicBool,
     wanted: [AtomicU32; MAX_WANTED],
     slots: [Slot; MAX_WORKERS],
+    keys: keys::Keys,
     job_finished: UnsafeCell<pg_sys::ConditionVariable>,
 }
 

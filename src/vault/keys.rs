@@ -1,66 +1,188 @@
-//! Where the vault's keys come from: the file that `nexus_hub.vault_key_file` names, else the environment variable
-//! `VAULT_ENCRYPTION_KEY` of the server. Read once per process and configuration reload.
+//! Where the vault's keys come from. The first source that is set counts: the command of
+//! `nexus_hub.vault_key_command`, the file of `nexus_hub.vault_key_file`, the environment variable `VAULT_ENCRYPTION_KEY`
+//! of the server, the setting `app.vault_key`.
 
-use crate::domain::keyring::KeyRing;
+use crate::domain::keyring::{self, KeyRing, RawKey};
 use crate::pg::error::{ErrorReport, Kind, error};
-use crate::pg::guc;
-use std::cell::RefCell;
+use crate::pg::process::{self, Failure};
+use crate::pg::shmem::keys as shared;
+use crate::pg::{app_settings, bgworker, guc};
+use std::cell::{Cell, RefCell};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 const ENVIRONMENT_VARIABLE: &str = "VAULT_ENCRYPTION_KEY";
 /// No ring of keys is larger; a device or a huge file named by mistake is not read to its end.
-const MAX_FILE_BYTES: u64 = 64 * 1024;
+const MAX_BYTES: u64 = 64 * 1024;
+/// How long the command may run.
+const COMMAND_TIME: Duration = Duration::from_secs(10);
+/// How long after a failure the command is not run again, or every session would wait for it in turn.
+const COMMAND_PAUSE: Duration = Duration::from_secs(10);
+/// How often a session looks whether another one has the keys.
+const LOOK: Duration = Duration::from_millis(5);
+const FORMAT: &str =
+    "Each line is a key of 64 hex characters, as `openssl rand -hex 32` makes them; the first one encrypts.";
 
-thread_local! {
-    static LOADED: RefCell<Option<(i64, Rc<KeyRing>)>> = const { RefCell::new(None) };
+/// What the keys in memory are of: they are good until one of these changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Loaded {
+    configuration: i64,
+    /// Of the server. Ahead of this process's, which has not been at its main loop since; only the command's keys go by it.
+    load: Option<u64>,
 }
 
-/// The keys as of the last configuration reload. A failure is not remembered: the next call looks again.
+thread_local! {
+    static RING: RefCell<Option<(Loaded, Rc<KeyRing>)>> = const { RefCell::new(None) };
+    // Without shared memory.
+    static COMMAND_FAILED: Cell<Option<(Loaded, Instant)>> = const { Cell::new(None) };
+}
+
+fn loaded() -> Loaded {
+    let load = guc::vault_key_command().and_then(|_| shared::loads());
+    Loaded { configuration: guc::configuration_loaded_at(), load }
+}
+
+/// The keys as of the last configuration load. A failure is not remembered, but the command's.
 pub fn ring() -> Result<Rc<KeyRing>, ErrorReport> {
-    let now = guc::configuration_loaded_at();
-    let loaded = LOADED.with_borrow(|loaded| match loaded {
+    let now = loaded();
+    let ring = RING.with_borrow(|ring| match ring {
         Some((at, ring)) if *at == now => Some(Rc::clone(ring)),
         _ => None,
     });
-    if let Some(ring) = loaded {
+    if let Some(ring) = ring {
         return Ok(ring);
     }
-    let ring = Rc::new(load()?);
-    LOADED.set(Some((now, Rc::clone(&ring))));
+    // Wiped before there are others.
+    RING.set(None);
+    let (keys, can_be_kept) = load(now)?;
+    let ring = Rc::new(KeyRing::new(&keys));
+    if can_be_kept {
+        RING.set(Some((now, Rc::clone(&ring))));
+    }
     Ok(ring)
 }
 
 /// Whether there is anything that should hold keys.
 pub fn configured() -> bool {
-    guc::vault_key_file().is_some() || std::env::var_os(ENVIRONMENT_VARIABLE).is_some()
+    guc::vault_key_command().is_some()
+        || guc::vault_key_file().is_some()
+        || std::env::var_os(ENVIRONMENT_VARIABLE).is_some()
+        || app_settings::vault_key().is_some()
 }
 
-fn load() -> Result<KeyRing, ErrorReport> {
+/// The keys, and whether they are good until the configuration is loaded again.
+fn load(now: Loaded) -> Result<(Zeroizing<Vec<RawKey>>, bool), ErrorReport> {
+    if let Some(command) = guc::vault_key_command() {
+        return from_command(&command, now).map(|keys| (keys, true));
+    }
     if let Some(path) = guc::vault_key_file() {
         let text = read(&path)?;
-        return KeyRing::parse(&text).map_err(|problem| {
+        let keys = keyring::parse(&text).map_err(|problem| {
             error(Kind::KeyNotConfigured, "the vault key file cannot be used")
                 .set_detail(format!("The file named by nexus_hub.vault_key_file: {problem}."))
-                .set_hint("Each line is a key of 64 hex characters, as `openssl rand -hex 32` makes them; the first one encrypts.")
-        });
+                .set_hint(FORMAT)
+        })?;
+        return Ok((keys, true));
     }
     if let Some(value) = std::env::var_os(ENVIRONMENT_VARIABLE) {
         let text = Zeroizing::new(value.into_string().unwrap_or_default());
-        return KeyRing::parse(&text).map_err(|problem| {
+        let keys = keyring::parse(&text).map_err(|problem| {
             error(Kind::KeyNotConfigured, "the vault key in the environment cannot be used")
                 .set_detail(format!("In the server's environment variable {ENVIRONMENT_VARIABLE}, {problem}."))
                 .set_hint("A key is 64 hex characters, as `openssl rand -hex 32` makes them.")
-        });
+        })?;
+        return Ok((keys, true));
+    }
+    if let Some(text) = app_settings::vault_key() {
+        let keys = keyring::parse(&text).map_err(|problem| {
+            error(Kind::KeyNotConfigured, "the vault key in the setting app.vault_key cannot be used")
+                .set_detail(format!("In app.vault_key, {problem}."))
+                .set_hint("A key is 64 hex characters, as `openssl rand -hex 32` makes them.")
+        })?;
+        // A SET changes it at any time.
+        return Ok((keys, false));
     }
     Err(error(Kind::KeyNotConfigured, "no vault key is configured").set_hint(
         "Put the output of `openssl rand -hex 32` into a file of mode 0600 owned by the server's user, name it in \
-         nexus_hub.vault_key_file and reload; or start the server with VAULT_ENCRYPTION_KEY in its environment.",
+         nexus_hub.vault_key_file and reload; or have nexus_hub.vault_key_command print it.",
     ))
+}
+
+/// The keys that the command prints. With shared memory one process runs it, and all have its output.
+fn from_command(command: &OsStr, now: Loaded) -> Result<Zeroizing<Vec<RawKey>>, ErrorReport> {
+    let Some(load) = now.load else {
+        let failed_at = COMMAND_FAILED.get().filter(|(of, at)| *of == now && at.elapsed() < COMMAND_PAUSE);
+        if failed_at.is_some() {
+            return Err(failed_before());
+        }
+        let keys = run(command);
+        // Ends the statement or the session, if that is what was asked for.
+        bgworker::handle_interrupts();
+        if matches!(keys, Err(Some(_))) {
+            COMMAND_FAILED.set(Some((now, Instant::now())));
+        }
+        return keys.map_err(|problem| failed(problem.as_ref()));
+    };
+    loop {
+        if let Some(keys) = shared::stored(load) {
+            return Ok(Zeroizing::new(keys.as_chunks().0.to_vec()));
+        }
+        let pause = i64::try_from(COMMAND_PAUSE.as_micros()).unwrap_or(i64::MAX);
+        if shared::failed_ago(load).is_some_and(|time| (0..pause).contains(&time)) {
+            return Err(failed_before());
+        }
+        let Some(loading) = shared::begin() else {
+            bgworker::handle_interrupts();
+            std::thread::sleep(LOOK);
+            continue;
+        };
+        // Somebody may have been quicker.
+        if shared::stored(load).is_some() {
+            continue;
+        }
+        let keys = run(command);
+        match &keys {
+            Ok(keys) => loading.store(load, keys.as_flattened()),
+            Err(Some(_)) => loading.fail(load),
+            Err(None) => {}
+        }
+        // First, because what follows may be the end of the session.
+        drop(loading);
+        bgworker::handle_interrupts();
+        return keys.map_err(|problem| failed(problem.as_ref()));
+    }
+}
+
+/// `Err(None)`: the session was told to cancel its statement, or to end.
+fn run(command: &OsStr) -> Result<Zeroizing<Vec<RawKey>>, Option<String>> {
+    let text = process::output(command, COMMAND_TIME, MAX_BYTES as usize)
+        .map_err(|problem| (problem != Failure::Cancelled).then(|| problem.to_string()))?;
+    let text = std::str::from_utf8(&text).map_err(|_| Some("what it printed is not text".to_owned()))?;
+    keyring::parse(text).map_err(|problem| Some(format!("of what it printed, {problem}")))
+}
+
+fn failed(reason: Option<&String>) -> ErrorReport {
+    let reason = reason.map_or("it was cancelled", String::as_str);
+    error(Kind::KeyNotConfigured, "the vault key command failed")
+        .set_detail(format!("The command of nexus_hub.vault_key_command: {reason}."))
+        .set_hint(format!(
+            "It is run by the server's user in the data directory, and what it writes to its standard error is in the server's log. {FORMAT}"
+        ))
+}
+
+fn failed_before() -> ErrorReport {
+    error(Kind::KeyNotConfigured, "the vault key command failed")
+        .set_detail(format!(
+            "The command of nexus_hub.vault_key_command failed less than {} seconds ago, in this session or in another.",
+            COMMAND_PAUSE.as_secs()
+        ))
+        .set_hint("The reason is in the server's log. It is run again after a while, and at once after a configuration reload.")
 }
 
 fn read(path: &Path) -> Result<Zeroizing<String>, ErrorReport> {
@@ -85,12 +207,12 @@ fn read(path: &Path) -> Result<Zeroizing<String>, ErrorReport> {
     if metadata.mode() & 0o077 != 0 {
         return Err(unreadable(format!("group or others may access it (mode {:04o})", metadata.mode() & 0o7777)));
     }
-    if metadata.len() > MAX_FILE_BYTES {
-        return Err(unreadable(format!("it is larger than {MAX_FILE_BYTES} bytes")));
+    if metadata.len() > MAX_BYTES {
+        return Err(unreadable(format!("it is larger than {MAX_BYTES} bytes")));
     }
     // Sized beforehand, because a String that grows leaves copies of the keys behind.
     let mut text = Zeroizing::new(String::with_capacity(metadata.len() as usize + 1));
-    file.take(MAX_FILE_BYTES).read_to_string(&mut text).map_err(|problem| {
+    file.take(MAX_BYTES).read_to_string(&mut text).map_err(|problem| {
         unreadable(match problem.kind() {
             ErrorKind::InvalidData => "it is not text".into(),
             _ => problem.to_string(),

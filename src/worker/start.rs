@@ -13,6 +13,7 @@ use crate::pg::bgworker::Waiter;
 use crate::pg::guc::{self, Executor, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
+use crate::vault;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -76,6 +77,9 @@ pub fn main(slot: usize) -> i32 {
     };
     let edge = (settings.executor == Executor::Edge).then_some(edge);
     if let Some(Err(problem)) = &edge {
+        log!("nexus_hub: {problem}");
+    }
+    if let Some(problem) = vault::problem() {
         log!("nexus_hub: {problem}");
     }
     // From here on commits wake this worker. What was committed before is found by the first claim.

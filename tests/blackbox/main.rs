@@ -15,4 +15,5 @@ mod sql_suites;
 mod storm;
 mod support;
 mod vault;
+mod vault_keys;
 mod worker;

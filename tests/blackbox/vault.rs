@@ -3,10 +3,10 @@
 use crate::support::*;
 use std::process::Command;
 
-const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+pub const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 /// Runs tests/npm/webcrypto.mjs, the seeds' vault code on Node's WebCrypto.
-fn webcrypto(arguments: &[&str]) -> String {
+pub fn webcrypto(arguments: &[&str]) -> String {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/npm/webcrypto.mjs");
     let output = Command::new("node").arg(script).args(arguments).output().expect("node");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -16,7 +16,7 @@ fn webcrypto(arguments: &[&str]) -> String {
 const TEXTS: [&str; 4] = ["", "sk-abc123", "grüße 🦀 \n\t\"quoted\"", "{\"url\":\"https://host/mcp\"}"];
 
 #[test]
-fn webcrypto_opens_what_sql_sealed() {
+pub fn webcrypto_opens_what_sql_sealed() {
     let database = shared().database();
     let mut client = database.connect();
     for text in TEXTS {

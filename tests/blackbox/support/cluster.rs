@@ -113,11 +113,16 @@ impl Cluster {
     /// Starts a cluster with nexus_hub preloaded, a vault key, and more settings.
     pub fn start(settings: &[&str]) -> Self {
         let cluster = Self::create(settings);
-        cluster.pg_ctl(&["start"]);
-        for role in ["anon", "authenticated", "service_role"] {
-            cluster.connect("postgres").batch_execute(&format!("CREATE ROLE {role} NOLOGIN")).expect("CREATE ROLE");
-        }
+        cluster.start_up();
         cluster
+    }
+
+    /// Starts a cluster made by [`Cluster::create`].
+    pub fn start_up(&self) {
+        self.pg_ctl(&["start"]);
+        for role in ["anon", "authenticated", "service_role"] {
+            self.connect("postgres").batch_execute(&format!("CREATE ROLE {role} NOLOGIN")).expect("CREATE ROLE");
+        }
     }
 
     /// Starts a cluster made by [`Cluster::create`] with a variable in the server's environment.
@@ -233,8 +238,13 @@ impl Cluster {
 
     /// What the server has logged.
     pub fn log(&self) -> String {
+        self.read_file("log")
+    }
+
+    /// Reads a file as the server's user; one that is not there is empty.
+    pub fn read_file(&self, name: &str) -> String {
         let output =
-            as_server_user(Path::new("cat")).arg(self.dir.join("log")).current_dir("/tmp").output().expect("cat");
+            as_server_user(Path::new("cat")).arg(self.dir.join(name)).current_dir("/tmp").output().expect("cat");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 

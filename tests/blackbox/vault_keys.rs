@@ -1,0 +1,302 @@
+//! Where the vault's keys come from: each source, its bad forms and its reload, and that SQL can't see a key.
+
+use crate::support::*;
+use crate::vault::{KEY, webcrypto};
+use postgres::Client;
+use std::time::{Duration, Instant};
+
+const OTHER_KEY: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
+const COMMAND: &str = "nexus_hub.vault_key_command = 'echo ran >>../runs; cat ../command.key'";
+const NO_FILE: &str = "nexus_hub.vault_key_file = ''";
+
+fn reload(client: &mut Client) {
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+}
+
+/// Whether the session encrypts under a key.
+fn encrypts_under(client: &mut Client, key: &str) -> bool {
+    let sealed: Result<_, _> = client.query_one("SELECT encode(encrypt_token('text'), 'hex')", &[]);
+    sealed.is_ok_and(|row| webcrypto(&["open-or-not", key, row.get(0), ""]) == "text")
+}
+
+/// The DETAIL of the error that the vault gives without a usable key, once it holds the text.
+fn wait_for_detail(client: &mut Client, part: &str) {
+    let mut last = String::new();
+    let begin = Instant::now();
+    loop {
+        if let Err(error) = client.batch_execute("SELECT encrypt_token('x')") {
+            let error = error.as_db_error().expect("an SQL error");
+            assert_eq!(error.code().code(), "F0000", "{error:?}");
+            assert!(error.hint().is_some_and(|hint| !hint.is_empty()), "{error:?}");
+            last = format!("{error:?}");
+            if error.detail().unwrap_or_default().contains(part) {
+                return;
+            }
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "waited for {part:?}, and have {last}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn runs(cluster: &Cluster) -> usize {
+    cluster.read_file("runs").lines().count()
+}
+
+#[test]
+fn the_command_goes_before_the_file_and_runs_once_a_load_for_all_sessions() {
+    let cluster = Cluster::create(&[COMMAND]);
+    cluster.write_file("command.key", &format!("# of the command\n{OTHER_KEY}\n{KEY}\n"), "0600");
+    cluster.start_up();
+    let database = cluster.database();
+    let mut clients: Vec<_> = (0..16).map(|_| database.connect()).collect();
+    std::thread::scope(|scope| {
+        for client in &mut clients {
+            scope.spawn(move || assert!(encrypts_under(client, OTHER_KEY)));
+        }
+    });
+    assert_eq!(runs(&cluster), 1, "sessions and workers share what the command has printed");
+    let sealed = webcrypto(&["seal", KEY, "older", ""]);
+    let opened: String =
+        clients[0].query_one("SELECT decrypt_token(decode($1, 'hex'))", &[&sealed]).expect("open").get(0);
+    assert_eq!(opened, "older", "each of its keys decrypts");
+
+    let newest = KEY.replace('0', "5");
+    cluster.write_file("command.key", &newest, "0600");
+    reload(&mut clients[0]);
+    for client in &mut clients {
+        wait_until("the new key encrypts", || encrypts_under(client, &newest));
+    }
+    assert_eq!(runs(&cluster), 2, "the reload had it run once more");
+}
+
+#[test]
+fn a_command_that_fails_is_told_by_its_reason_and_leaves_no_process() {
+    let cluster = Cluster::start(&[NO_FILE]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    // The commands print a file: what a command says is in the log when it is changed.
+    let odd = &KEY[1..];
+    let second = format!("{KEY}\n{OTHER_KEY}0");
+    let many = [KEY; 33].join("\n");
+    for (command, printed, reason) in [
+        ("exit 3", "", "it ended with exit status: 3"),
+        ("kill -9 $$", "", "it ended with signal: 9 (SIGKILL)"),
+        ("/nowhere/at/all", "", "it ended with exit status: 127"),
+        ("cat ../printed; exit 1", KEY, "it ended with exit status: 1"),
+        ("true", "", "of what it printed, it holds no key"),
+        ("cat ../printed", odd, "of what it printed, line 1 is not 64 hex characters"),
+        ("cat  ../printed", &second, "of what it printed, line 2 is not 64 hex characters"),
+        ("cat   ../printed", &many, "of what it printed, it holds more than 32 keys"),
+        ("printf \"\\\\377\"", "", "what it printed is not text"),
+        ("yes", "", "it wrote more than 65536 bytes, and was stopped"),
+        // Also one that has closed its output.
+        ("exec >&-; sleep 3141.5", "", "it was still running after 10 s, and was stopped"),
+    ] {
+        cluster.write_file("printed", printed, "0600");
+        cluster.configure(&[NO_FILE, &format!("nexus_hub.vault_key_command = '{command}'")]);
+        let begin = Instant::now();
+        reload(&mut client);
+        // Whichever process was first has the reason; it is in the log, too.
+        wait_until(command, || {
+            let _ = client.batch_execute("SELECT encrypt_token('x')");
+            cluster.log().contains(&format!("The command of nexus_hub.vault_key_command: {reason}"))
+        });
+        assert!(begin.elapsed() < Duration::from_secs(40), "{command}");
+        let (code, message) = error_of(&mut client, "SELECT encrypt_token('x')");
+        assert_eq!((code.as_str(), message.as_str()), ("F0000", "the vault key command failed"), "{command}");
+    }
+    assert!(!is_running("sleep 3141.5"), "the command that hung was ended with all it had started");
+    let log = cluster.log();
+    assert!(!log.contains(odd) && !log.contains(KEY), "no output is quoted");
+
+    cluster.write_file("command.key", KEY, "0600");
+    cluster.configure(&[NO_FILE, COMMAND]);
+    reload(&mut client);
+    wait_until("a command that works is used", || encrypts_under(&mut client, KEY));
+}
+
+fn is_running(command_line: &str) -> bool {
+    std::process::Command::new("pgrep").args(["-f", "-x", command_line]).output().expect("pgrep").status.success()
+}
+
+/// A session in whose transaction the extension is being made: no worker knows of it, and runs the command first.
+fn unseen(cluster: &Cluster) -> (Client, i32) {
+    let mut client = cluster.connect("postgres");
+    client.batch_execute("BEGIN; CREATE EXTENSION nexus_hub").expect("CREATE EXTENSION");
+    let pid = value(&mut client, "SELECT pg_backend_pid()");
+    (client, pid)
+}
+
+#[test]
+fn a_session_that_is_cancelled_or_ended_while_its_command_runs_holds_up_nobody() {
+    let sleep = "sleep 2718.2";
+    let command = format!("nexus_hub.vault_key_command = 'test -e ../go || {sleep}; cat ../command.key'");
+    let cluster = Cluster::start(&[&command]);
+    let begin = Instant::now();
+    let (mut client, _) = unseen(&cluster);
+    client.batch_execute("SET LOCAL statement_timeout = '300ms'").expect("SET");
+    let (code, _) = error_of(&mut client, "SELECT encrypt_token('x')");
+    assert_eq!(code, "57014", "cancelled, as any statement");
+    assert!(!is_running(sleep), "and the command with it");
+    drop(client);
+
+    let (mut client, pid) = unseen(&cluster);
+    std::thread::scope(|scope| {
+        scope.spawn(move || client.batch_execute("SELECT encrypt_token('x')").expect_err("it is ended"));
+        wait_until("the command runs", || is_running(sleep));
+        let ended: bool = value(&mut cluster.connect("postgres"), &format!("SELECT pg_terminate_backend({pid})"));
+        assert!(ended);
+    });
+    wait_until("the command is ended, too", || !is_running(sleep));
+    assert!(begin.elapsed() < Duration::from_secs(9), "nobody waited for the command's own time to be over");
+
+    cluster.write_file("command.key", KEY, "0600");
+    cluster.write_file("go", "", "0600");
+    let (mut client, _) = unseen(&cluster);
+    assert!(encrypts_under(&mut client, KEY), "the next session runs it, without a reload");
+}
+
+#[test]
+fn without_preloading_each_session_runs_the_command_itself() {
+    let cluster = Cluster::create(&[COMMAND, "shared_preload_libraries = ''"]);
+    cluster.write_file("command.key", KEY, "0600");
+    cluster.start_up();
+    let mut client = cluster.connect("postgres");
+    client.batch_execute("CREATE EXTENSION nexus_hub").expect("CREATE EXTENSION");
+    assert!(encrypts_under(&mut client, KEY) && encrypts_under(&mut client, KEY));
+    let once = runs(&cluster);
+    assert!(encrypts_under(&mut cluster.connect("postgres"), KEY));
+    assert_eq!(runs(&cluster), once + 1);
+    cluster.write_file("command.key", OTHER_KEY, "0600");
+    reload(&mut client);
+    wait_until("the reload is noticed", || encrypts_under(&mut client, OTHER_KEY));
+}
+
+#[test]
+fn each_bad_form_of_a_key_file_is_told_and_the_next_good_one_is_used() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let long = format!("{KEY}0");
+    let many = [KEY; 33].join("\n");
+    let large = "#".repeat(70_000);
+    for (text, mode, reason) in [
+        (KEY, "0640", "group or others may access it (mode 0640)"),
+        (&KEY[1..], "0600", "line 1 is not 64 hex characters"),
+        (&long, "0600", "line 1 is not 64 hex characters"),
+        (&KEY.replace('0', "g"), "0600", "line 1 is not 64 hex characters"),
+        ("# nothing\n\n", "0600", "it holds no key"),
+        (&many, "0600", "it holds more than 32 keys"),
+        (&large, "0600", "it is larger than 65536 bytes"),
+    ] {
+        cluster.write_file("vault.key", text, mode);
+        reload(&mut client);
+        wait_for_detail(&mut client, reason);
+    }
+    for (file, reason) in [
+        ("'/nowhere/vault.key'", "it does not exist"),
+        ("'/'", "it is not an ordinary file"),
+        ("'/dev/zero'", "it is not an ordinary file"),
+    ] {
+        cluster.configure(&[&format!("nexus_hub.vault_key_file = {file}")]);
+        reload(&mut client);
+        wait_for_detail(&mut client, reason);
+    }
+    cluster.configure(&[]);
+    cluster.write_key_file(OTHER_KEY);
+    reload(&mut client);
+    wait_until("the good file is used", || encrypts_under(&mut client, OTHER_KEY));
+}
+
+#[test]
+fn the_environments_key_in_a_bad_form_is_told_by_the_variables_name() {
+    let cluster = Cluster::create(&[NO_FILE]);
+    cluster.start_with_environment("VAULT_ENCRYPTION_KEY", &KEY[1..]);
+    let database = cluster.database();
+    wait_for_detail(
+        &mut database.connect(),
+        "environment variable VAULT_ENCRYPTION_KEY, line 1 is not 64 hex characters",
+    );
+    assert!(!cluster.log().contains(&KEY[1..]));
+}
+
+#[test]
+fn the_seeds_setting_is_used_last_and_is_shown_to_nobody() {
+    let cluster = Cluster::start(&[NO_FILE]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client.batch_execute(&format!("SET app.vault_key = '{KEY}'")).expect("SET");
+    assert!(encrypts_under(&mut client, KEY));
+    client.batch_execute(&format!("SET app.vault_key = '{OTHER_KEY}'")).expect("SET");
+    assert!(encrypts_under(&mut client, OTHER_KEY), "a SET counts at once");
+    for query in ["SHOW app.vault_key", "SELECT current_setting('app.vault_key')"] {
+        assert_eq!(value::<String>(&mut client, query), "********", "{query}");
+    }
+    let shown: i64 = value(&mut client, "SELECT count(*) FROM pg_settings s WHERE s::text ~* 'ffeeddcc'");
+    assert_eq!(shown, 0);
+    client.batch_execute("SET app.vault_key = 'c0ffee'").expect("SET");
+    wait_for_detail(&mut client, "In app.vault_key, line 1 is not 64 hex characters");
+    client.batch_execute("RESET app.vault_key").expect("RESET");
+    assert_eq!(value::<String>(&mut client, "SHOW app.vault_key"), "");
+    let (_, message) = error_of(&mut client, "SELECT encrypt_token('x')");
+    assert_eq!(message, "no vault key is configured");
+
+    client.batch_execute("SET ROLE authenticated").expect("SET ROLE");
+    for setting in ["app.vault_key", "app.vault_old_key", "app.vault_new_key"] {
+        let (code, _) = error_of(&mut client, &format!("SET {setting} = '{KEY}'"));
+        assert_eq!(code, "42501", "only a superuser sets {setting}");
+    }
+}
+
+#[test]
+fn a_key_in_a_configuration_file_is_refused_and_not_logged() {
+    let cluster = Cluster::start(&[NO_FILE]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    cluster.configure(&[NO_FILE, &format!("app.vault_key = '{KEY}'")]);
+    reload(&mut client);
+    wait_until("it is refused", || cluster.log().contains("a vault key in a configuration file is not used"));
+    let (_, message) = error_of(&mut database.connect(), "SELECT encrypt_token('x')");
+    assert_eq!(message, "no vault key is configured");
+    assert!(!cluster.log().contains(KEY));
+    // At the start, too.
+    cluster.pg_ctl(&["-m", "fast", "restart"]);
+    let (_, message) = error_of(&mut cluster.reconnect(&database.name), "SELECT encrypt_token('x')");
+    assert_eq!(message, "no vault key is configured");
+    assert!(!cluster.log().contains(KEY));
+}
+
+#[test]
+fn the_workers_log_tells_at_the_start_and_at_a_reload_that_the_keys_cannot_be_used() {
+    let cluster = Cluster::start(&["nexus_hub.vault_key_command = 'exit 7'"]);
+    let database = cluster.database();
+    database.wait_for_worker();
+    wait_until("the log tells at the start", || cluster.log().contains("exit status: 7"));
+    cluster.configure(&["nexus_hub.vault_key_command = 'exit 8'"]);
+    reload(&mut database.connect());
+    wait_until("the log tells after the reload", || cluster.log().contains("exit status: 8"));
+}
+
+#[test]
+fn no_sql_shows_a_key_of_any_source() {
+    let cluster = Cluster::create(&[COMMAND]);
+    cluster.write_file("command.key", OTHER_KEY, "0600");
+    cluster.start_up();
+    let database = cluster.database();
+    let mut client = database.connect();
+    assert!(encrypts_under(&mut client, OTHER_KEY));
+    for (relation, marker) in [
+        ("pg_settings", "ffeeddcc"),
+        ("pg_file_settings", "ffeeddcc"),
+        ("pg_settings", "00112233"),
+        ("pg_file_settings", "00112233"),
+    ] {
+        let query = format!("SELECT count(*) FROM {relation} r WHERE r::text ~* '{marker}'");
+        assert_eq!(value::<i64>(&mut client, &query), 0, "{query}");
+    }
+    client.batch_execute("SET ROLE service_role").expect("SET ROLE");
+    for setting in ["nexus_hub.vault_key_command", "nexus_hub.vault_key_file", "app.vault_key"] {
+        let (code, _) = error_of(&mut client, &format!("SHOW {setting}"));
+        assert_eq!(code, "42501", "{setting}");
+    }
+}
