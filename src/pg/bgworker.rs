@@ -3,6 +3,7 @@
 use pgrx::bgworkers::{BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerStartTime, DynamicBackgroundWorker};
 use pgrx::prelude::*;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 /// Registers the launcher, to be started when the server accepts writes: never on a standby, and after a promotion.
@@ -47,25 +48,77 @@ impl Launched {
 
 // pgrx's bindings of these are Rust functions around them; a signal handler has to be the C function itself.
 unsafe extern "C-unwind" {
-    fn die(signal: std::ffi::c_int);
+    #[allow(non_snake_case)]
+    fn SetLatch(latch: *mut pg_sys::Latch);
     #[allow(non_snake_case)]
     fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
+}
+
+/// Somebody has told the process to end.
+static STOP: AtomicBool = AtomicBool::new(false);
+/// A transaction is being committed.
+static COMMITTING: AtomicBool = AtomicBool::new(false);
+
+/// The handler of SIGTERM: notes it. PostgreSQL's own would end the process in the middle of whatever it does, and the
+/// jobs in flight would look as if it had crashed. What a transaction waits for has a time limit; only a commit may wait
+/// for a standby without one, and looks at PostgreSQL's flag meanwhile.
+unsafe extern "C-unwind" fn request_stop(_signal: std::ffi::c_int) {
+    // SAFETY: atomics, flags meant for signal handlers, and a call that may be made in one; errno is kept.
+    unsafe {
+        let error = *libc::__errno_location();
+        STOP.store(true, SeqCst);
+        if COMMITTING.load(SeqCst) {
+            tell_postgresql();
+        }
+        SetLatch(pg_sys::MyLatch);
+        *libc::__errno_location() = error;
+    }
+}
+
+/// SAFETY: flags of this process; a signal handler may set them.
+unsafe fn tell_postgresql() {
+    // SAFETY: see above.
+    unsafe {
+        std::ptr::write_volatile(&raw mut pg_sys::ProcDiePending, 1);
+        std::ptr::write_volatile(&raw mut pg_sys::InterruptPending, 1);
+    }
+}
+
+/// Commits what [`super::transaction`] has begun.
+pub fn commit() {
+    COMMITTING.store(true, SeqCst);
+    if STOP.load(SeqCst) {
+        // SAFETY: see there.
+        unsafe { tell_postgresql() };
+    }
+    // SAFETY: the caller's transaction; an error in it comes out as one.
+    unsafe { pg_sys::CommitTransactionCommand() };
+    end_of_commit();
+}
+
+/// Makes PostgreSQL forget what it was told for a commit: the process ends when its main loop gets to it.
+pub fn end_of_commit() {
+    COMMITTING.store(false, SeqCst);
+    if STOP.load(SeqCst) {
+        // SAFETY: a flag of this process, taken back on its main thread; nobody else reads it.
+        unsafe { std::ptr::write_volatile(&raw mut pg_sys::ProcDiePending, 0) };
+    }
 }
 
 /// Takes the signals over and connects to a database; without one, only the shared catalogues can be read.
 pub fn start(database: Option<pg_sys::Oid>) {
     // SAFETY: first thing in a background worker's main function, with signals still blocked. PostgreSQL's own
-    // handlers are used: `die` makes lock waits end too, which a handler that sets a flag would not.
+    // handler of SIGHUP is used.
     unsafe {
         #[cfg(not(feature = "pg18"))]
         {
             pg_sys::pqsignal(libc::SIGHUP, Some(SignalHandlerForConfigReload));
-            pg_sys::pqsignal(libc::SIGTERM, Some(die));
+            pg_sys::pqsignal(libc::SIGTERM, Some(request_stop));
         }
         #[cfg(feature = "pg18")]
         {
             pg_sys::pqsignal_be(libc::SIGHUP, Some(SignalHandlerForConfigReload));
-            pg_sys::pqsignal_be(libc::SIGTERM, Some(die));
+            pg_sys::pqsignal_be(libc::SIGTERM, Some(request_stop));
         }
         pg_sys::BackgroundWorkerUnblockSignals();
         match database {
@@ -178,17 +231,7 @@ pub fn server_uptime() -> Duration {
 
 /// Whether the process was told to end.
 pub fn stop_requested() -> bool {
-    // SAFETY: a flag that the signal handler sets and nobody takes back.
-    unsafe { std::ptr::read_volatile(&raw const pg_sys::ProcDiePending) != 0 }
-}
-
-/// Lets a process that was told to end run one more short transaction. It must end itself afterwards.
-pub fn postpone_end() {
-    // SAFETY: flags of this process, taken back on its main thread; nobody else reads them.
-    unsafe {
-        std::ptr::write_volatile(&raw mut pg_sys::ProcDiePending, 0);
-        std::ptr::write_volatile(&raw mut pg_sys::InterruptPending, 0);
-    }
+    STOP.load(SeqCst)
 }
 
 /// Whether a SIGHUP waits to be handled by [`reload_configuration`].

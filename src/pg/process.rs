@@ -106,7 +106,7 @@ fn time_left(deadline: Instant, limit: Duration) -> Result<Duration, Failure> {
         std::ptr::read_volatile(&raw const pgrx::pg_sys::QueryCancelPending) != 0
             || std::ptr::read_volatile(&raw const pgrx::pg_sys::ProcDiePending) != 0
     };
-    if cancelled {
+    if cancelled || super::bgworker::stop_requested() {
         return Err(Failure::Cancelled);
     }
     let time = deadline.saturating_duration_since(Instant::now()).min(LOOK);

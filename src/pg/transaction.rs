@@ -1,5 +1,6 @@
 //! Transactions of a background worker.
 
+use super::bgworker;
 use pgrx::PgTryBuilder;
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::prelude::*;
@@ -67,7 +68,7 @@ pub fn run_with<R>(
         match work() {
             Ok(result) => {
                 pg_sys::PopActiveSnapshot();
-                pg_sys::CommitTransactionCommand();
+                bgworker::commit();
                 Ok(result)
             }
             Err(message) => {
@@ -87,6 +88,8 @@ pub fn run_with<R>(
         Err(describe(error))
     })
     .execute();
+    // Also where it has failed.
+    bgworker::end_of_commit();
     // SAFETY: outside a transaction, as these want it. Without the report autovacuum never learns what was written.
     unsafe {
         pg_sys::pgstat_report_stat(false);

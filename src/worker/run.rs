@@ -226,7 +226,6 @@ impl Worker {
 
     /// Writes what is finished, and gives back what is in flight.
     fn finish(&mut self) -> i32 {
-        bgworker::postpone_end();
         self.settings.enabled = false;
         self.not_before = None;
         loop {
