@@ -66,7 +66,9 @@ BEGIN
             @extschema@.decrypt_token(bytea, text),
             @extschema@.encrypt_config(jsonb, text),
             @extschema@.decrypt_config(bytea, text),
-            _nexus_hub.decrypt_json(bytea, text)
+            _nexus_hub.decrypt_json(bytea, text),
+            @extschema@.rotate_vault_key(),
+            _nexus_hub.rotate_values()
             TO service_role;
     END IF;
 END

@@ -1,6 +1,7 @@
 //! The vault: sealing and opening tokens and configs under keys that SQL can't see.
 
 mod keys;
+mod rotation;
 
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::json::is_storable;

@@ -52,6 +52,17 @@ pub fn parse(text: &str) -> Result<Zeroizing<Vec<RawKey>>, Malformed> {
     if keys.is_empty() { Err(Malformed::Empty) } else { Ok(keys) }
 }
 
+/// What became of a ciphertext that was to be under the first key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resealed {
+    /// It is now.
+    Anew(Vec<u8>),
+    /// It was.
+    Already,
+    /// No key opens it.
+    Unopened,
+}
+
 impl KeyRing {
     /// A ring of these keys, the first of which encrypts.
     pub fn new(keys: &[RawKey]) -> Self {
@@ -66,6 +77,26 @@ impl KeyRing {
     /// Decrypts with whichever key fits.
     pub fn open(&self, envelope: &[u8], context: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         self.0.iter().find_map(|key| key.open(envelope, context))
+    }
+
+    /// How many keys there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Encrypts anew under the first key what another one opens. The older keys are tried first: most of what is to be
+    /// rotated is under one of them. `iv` is asked for only when it is needed.
+    pub fn reseal<E>(
+        &self,
+        envelope: &[u8],
+        context: &[u8],
+        iv: impl FnOnce() -> Result<[u8; 12], E>,
+    ) -> Result<Resealed, E> {
+        let Some((first, older)) = self.0.split_first() else { return Ok(Resealed::Unopened) };
+        let Some(plaintext) = older.iter().find_map(|key| key.open(envelope, context)) else {
+            return Ok(if first.open(envelope, context).is_some() { Resealed::Already } else { Resealed::Unopened });
+        };
+        Ok(first.seal(iv()?, &plaintext, context).map_or(Resealed::Unopened, Resealed::Anew))
     }
 }
 
@@ -88,6 +119,20 @@ mod tests {
         let sealed_by_new = both.seal([2; 12], b"x", b"").unwrap_or_default();
         assert!(ring(NEW).open(&sealed_by_new, b"").is_some());
         assert!(ring(OLD).open(&sealed_by_new, b"").is_none());
+    }
+
+    #[test]
+    fn resealing_brings_everything_under_the_first_key_once() {
+        let sealed_by_old = ring(OLD).seal([1; 12], b"x", b"row").unwrap_or_default();
+        let both = ring(&format!("{NEW}\n{OLD}"));
+        let iv = || Ok::<_, ()>([2; 12]);
+        let Ok(Resealed::Anew(anew)) = both.reseal(&sealed_by_old, b"row", iv) else { panic!("not resealed") };
+        assert_eq!(ring(NEW).open(&anew, b"row").as_deref().map(Vec::as_slice), Some(b"x".as_slice()));
+        assert_eq!(both.reseal(&anew, b"row", iv), Ok(Resealed::Already));
+        assert_eq!(both.reseal(&sealed_by_old, b"another row", iv), Ok(Resealed::Unopened));
+        assert_eq!(ring(NEW).reseal(&sealed_by_old, b"row", iv), Ok(Resealed::Unopened));
+        assert_eq!(both.reseal(b"short", b"", iv), Ok(Resealed::Unopened));
+        assert_eq!(both.reseal(&sealed_by_old, b"row", || Err(())), Err(()), "without randomness nothing is sealed");
     }
 
     #[test]

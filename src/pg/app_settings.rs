@@ -46,6 +46,16 @@ pub fn vault_key() -> Option<Zeroizing<String>> {
     text(&VAULT_KEY)
 }
 
+/// `app.vault_old_key`.
+pub fn vault_old_key() -> Option<Zeroizing<String>> {
+    text(&VAULT_OLD_KEY)
+}
+
+/// `app.vault_new_key`.
+pub fn vault_new_key() -> Option<Zeroizing<String>> {
+    text(&VAULT_NEW_KEY)
+}
+
 fn text(setting: &GucSetting<Option<CString>>) -> Option<Zeroizing<String>> {
     let bytes = Zeroizing::new(setting.get()?.into_bytes());
     let text = Zeroizing::new(String::from_utf8_lossy(&bytes).into_owned());

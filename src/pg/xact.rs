@@ -2,11 +2,16 @@
 
 use super::shmem;
 use pgrx::prelude::*;
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 
 // One thread owns PostgreSQL, so these are plain flags of the process.
 static REGISTERED: AtomicBool = AtomicBool::new(false);
 static AT_COMMIT: AtomicU8 = AtomicU8::new(NOTHING);
+
+thread_local! {
+    static AT_END: Cell<Option<fn()>> = const { Cell::new(None) };
+}
 
 const NOTHING: u8 = 0;
 const NUDGE: u8 = 1;
@@ -29,12 +34,22 @@ pub fn have_worker_look_at_commit() {
     at_commit(WAKE | LOOK);
 }
 
+/// Has `forget` called when the running transaction ends, in whatever way. One at a time.
+pub fn at_end(forget: fn()) {
+    register();
+    AT_END.set(Some(forget));
+}
+
 fn at_commit(action: u8) {
+    register();
+    AT_COMMIT.fetch_or(action, Relaxed);
+}
+
+fn register() {
     if !REGISTERED.swap(true, Relaxed) {
         // SAFETY: registers a callback of this library, which stays loaded, once per process.
         unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
     }
-    AT_COMMIT.fetch_or(action, Relaxed);
 }
 
 /// Whether a transaction id is that of the running transaction or of one of its subtransactions.
@@ -60,6 +75,9 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
             AT_COMMIT.store(NOTHING, Relaxed);
         }
-        _ => {}
+        _ => return,
+    }
+    if let Some(forget) = AT_END.take() {
+        forget();
     }
 }

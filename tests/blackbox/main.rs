@@ -11,6 +11,7 @@ mod jobs;
 mod lanes;
 mod mcp;
 mod retries;
+mod rotation;
 mod sql_suites;
 mod storm;
 mod support;

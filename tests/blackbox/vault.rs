@@ -160,3 +160,36 @@ fn a_servers_config_is_ciphertext_before_the_first_tuple_is_written() {
     let found: bool = value(&mut client, "SELECT position('pl4int3xt'::bytea IN get_raw_page('user_servers', 0)) > 0");
     assert!(!found);
 }
+
+#[test]
+fn a_million_random_byte_strings_are_refused_one_by_one() {
+    let database = shared().database();
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let mut client = database.connect();
+            scope.spawn(move || {
+                // Of all lengths up to 100, drawn anew for each.
+                let (refused, short): (i64, i64) = {
+                    client
+                        .batch_execute(
+                            "CREATE FUNCTION pg_temp.refusal(bytes bytea) RETURNS text LANGUAGE plpgsql AS $$
+                             BEGIN PERFORM decrypt_token(bytes); RETURN 'opened'; EXCEPTION WHEN OTHERS THEN RETURN SQLSTATE; END $$",
+                        )
+                        .expect("a function");
+                    let row = client
+                        .query_one(
+                            "SELECT count(*) FILTER (WHERE refusal = '22000' AND length >= 28), count(*) FILTER (WHERE refusal = '22023' AND length < 28)
+                               FROM (SELECT length(bytes), pg_temp.refusal(bytes) AS refusal
+                                       FROM (SELECT substr(sha512((n || ' a')::bytea) || sha512((n || ' b')::bytea), 1, n % 101) AS bytes
+                                               FROM generate_series($1::integer * 250000 + 1, $1::integer * 250000 + 250000) AS n) AS b) AS r",
+                            &[&seed],
+                        )
+                        .expect("a million calls");
+                    (row.get(0), row.get(1))
+                };
+                assert_eq!(refused + short, 250_000);
+                assert!(refused > 150_000 && short > 60_000, "{refused} {short}");
+            });
+        }
+    });
+}

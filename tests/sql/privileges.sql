@@ -69,7 +69,7 @@ SELECT set_eq(
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
-      UNION ALL VALUES ('decrypt_json', 'service_role')$$,
+      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──
@@ -108,7 +108,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))

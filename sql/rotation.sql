@@ -1,0 +1,53 @@
+-- Rotation of the vault's keys. Values are opened and sealed in Rust (src/vault/rotation.rs).
+
+CREATE FUNCTION _nexus_hub.begin_key_rotation() RETURNS void
+LANGUAGE c VOLATILE
+AS 'MODULE_PATHNAME', 'begin_key_rotation_wrapper';
+COMMENT ON FUNCTION _nexus_hub.begin_key_rotation() IS
+    'Takes the keys of a rotation up, until the transaction ends: app.vault_old_key and app.vault_new_key, or where neither is set those of the vault. Errors: F0000 one of the two is missing, or there is no older key.';
+
+CREATE FUNCTION _nexus_hub.reseal(encrypted bytea, context text, kind text, id uuid) RETURNS bytea
+LANGUAGE c VOLATILE
+AS 'MODULE_PATHNAME', 'reseal_wrapper';
+COMMENT ON FUNCTION _nexus_hub.reseal(bytea, text, text, uuid) IS
+    'A ciphertext encrypted anew under the new key of the rotation; as it was when it is under that already, or cannot be decrypted, which is noted as an error of the kind and id. Errors: 55000 no rotation is going on.';
+
+CREATE FUNCTION _nexus_hub.resealed() RETURNS integer
+LANGUAGE c VOLATILE
+AS 'MODULE_PATHNAME', 'resealed_wrapper';
+COMMENT ON FUNCTION _nexus_hub.resealed() IS 'How many values reseal has encrypted anew since this was called last.';
+
+CREATE FUNCTION _nexus_hub.end_key_rotation() RETURNS text[]
+LANGUAGE c VOLATILE
+AS 'MODULE_PATHNAME', 'end_key_rotation_wrapper';
+COMMENT ON FUNCTION _nexus_hub.end_key_rotation() IS
+    'Forgets the keys of the rotation, and returns what could not be encrypted anew: the first 1000 one by one.';
+
+CREATE FUNCTION _nexus_hub.rotate_values() RETURNS TABLE (servers_updated integer, errors text[])
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    servers integer;
+BEGIN
+    PERFORM _nexus_hub.begin_key_rotation();
+    -- Nobody may write a value under the old key into a row that was passed already. Reading goes on.
+    LOCK TABLE @extschema@.user_servers IN SHARE ROW EXCLUSIVE MODE;
+    UPDATE @extschema@.user_servers s
+       SET config_encrypted = _nexus_hub.reseal(s.config_encrypted, NULL, 'Server', s.id)
+     WHERE s.config_encrypted IS NOT NULL;
+    servers := _nexus_hub.resealed();
+    RETURN QUERY SELECT servers, _nexus_hub.end_key_rotation();
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.rotate_values() IS 'What rotate_vault_key does. The caller has been found to be trusted.';
+
+CREATE FUNCTION @extschema@.rotate_vault_key() RETURNS TABLE (servers_updated integer, errors text[])
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT r.servers_updated, r.errors FROM _nexus_hub.rotate_values() AS r;
+END;
+COMMENT ON FUNCTION @extschema@.rotate_vault_key() IS
+    'Encrypts everything in the vault''s tables anew, in one transaction: from app.vault_old_key to app.vault_new_key, or where neither is set under the first key of the vault. servers_updated: configs that were encrypted anew; those under the new key already are not counted. errors: "Server <id>: <reason>" for each value that cannot be decrypted, which stays as it is. Writers wait until the transaction ends, readers do not. Errors: F0000 the keys are not set.';

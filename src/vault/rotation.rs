@@ -1,0 +1,111 @@
+//! Rotation of the vault's keys in one transaction: what `rotate_vault_key` needs beyond SQL.
+
+use super::keys;
+use crate::domain::envelope::MIN_LENGTH;
+use crate::domain::keyring::{self, KeyRing, RawKey, Resealed};
+use crate::pg::error::{ErrorReport, Kind, error};
+use crate::pg::{app_settings, random, xact};
+use pgrx::prelude::*;
+use std::cell::RefCell;
+use std::rc::Rc;
+use zeroize::Zeroizing;
+
+/// Errors that are told one by one; of the rest only the number is.
+const MAX_ERRORS: usize = 1000;
+
+/// A rotation of this transaction.
+struct Rotation {
+    ring: Rc<KeyRing>,
+    resealed: i32,
+    errors: Vec<String>,
+    untold: usize,
+}
+
+thread_local! {
+    static ROTATION: RefCell<Option<Rotation>> = const { RefCell::new(None) };
+}
+
+fn forget() {
+    ROTATION.set(None);
+}
+
+/// Takes the keys of a rotation up, for the rest of the transaction.
+#[pg_extern(sql = false)]
+fn begin_key_rotation() -> Result<(), ErrorReport> {
+    let ring = match (app_settings::vault_old_key(), app_settings::vault_new_key()) {
+        (Some(old), Some(new)) => {
+            let (old, new) = (key("app.vault_old_key", &old)?, key("app.vault_new_key", &new)?);
+            Rc::new(KeyRing::new(&*Zeroizing::new([*new, *old])))
+        }
+        (None, None) if keys::configured() => Some(keys::ring()?).filter(|ring| ring.len() > 1).ok_or_else(no_keys)?,
+        _ => return Err(no_keys()),
+    };
+    xact::at_end(forget);
+    ROTATION.set(Some(Rotation { ring, resealed: 0, errors: Vec::new(), untold: 0 }));
+    Ok(())
+}
+
+fn key(setting: &str, text: &str) -> Result<Zeroizing<RawKey>, ErrorReport> {
+    match keyring::parse(text).as_deref().map(Vec::as_slice) {
+        Ok([key]) => Ok(Zeroizing::new(*key)),
+        _ => Err(error(Kind::KeyNotConfigured, format!("{setting} is not 64 hex characters"))
+            .set_hint("A key is 64 hex characters, as `openssl rand -hex 32` makes them.")),
+    }
+}
+
+fn no_keys() -> ErrorReport {
+    error(Kind::KeyNotConfigured, "Both app.vault_old_key and app.vault_new_key must be set for rotation")
+        .set_detail("One of them is not set, and the source of the vault's keys does not have an old key after a new one.")
+        .set_hint("Put the new key above the old one in the vault's key file and reload; or set both settings as a superuser.")
+}
+
+/// The value under the first key of the rotation; as it was when that cannot be, which is noted.
+#[pg_extern(sql = false)]
+fn reseal(
+    encrypted: Option<&[u8]>,
+    context: Option<&str>,
+    kind: Option<&str>,
+    id: Option<pgrx::Uuid>,
+) -> Result<Option<Vec<u8>>, ErrorReport> {
+    let Some(encrypted) = encrypted else { return Ok(None) };
+    ROTATION.with_borrow_mut(|rotation| {
+        let Some(rotation) = rotation else {
+            return Err(error(Kind::NotReady, "no rotation is going on").set_hint("Call rotate_vault_key()."));
+        };
+        let context = context.unwrap_or_default().as_bytes();
+        match rotation.ring.reseal(encrypted, context, random::bytes)? {
+            Resealed::Anew(anew) => {
+                rotation.resealed += 1;
+                return Ok(Some(anew));
+            }
+            Resealed::Already => {}
+            Resealed::Unopened if rotation.errors.len() == MAX_ERRORS => rotation.untold += 1,
+            Resealed::Unopened => {
+                let reason = if encrypted.len() < MIN_LENGTH {
+                    "the value is too short to be a ciphertext"
+                } else {
+                    "the value cannot be decrypted"
+                };
+                let id = id.map(|id| uuid::Uuid::from_bytes(*id.as_bytes()).to_string()).unwrap_or_default();
+                rotation.errors.push(format!("{} {id}: {reason}", kind.unwrap_or_default()));
+            }
+        }
+        Ok(Some(encrypted.to_vec()))
+    })
+}
+
+/// How many values were encrypted anew since this was asked last.
+#[pg_extern(sql = false)]
+fn resealed() -> i32 {
+    ROTATION.with_borrow_mut(|rotation| rotation.as_mut().map_or(0, |rotation| std::mem::take(&mut rotation.resealed)))
+}
+
+/// Ends the rotation, and tells what could not be encrypted anew.
+#[pg_extern(sql = false)]
+fn end_key_rotation() -> Vec<String> {
+    let Some(mut rotation) = ROTATION.take() else { return Vec::new() };
+    if rotation.untold > 0 {
+        rotation.errors.push(format!("and {} more", rotation.untold));
+    }
+    rotation.errors
+}
