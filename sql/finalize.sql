@@ -68,8 +68,10 @@ BEGIN
             @extschema@.decrypt_config(bytea, text),
             _nexus_hub.decrypt_json(bytea, text),
             @extschema@.rotate_vault_key(),
-            _nexus_hub.rotate_values()
+            _nexus_hub.rotate_values(),
+            _nexus_hub.vault_key_state()
             TO service_role;
+        GRANT SELECT ON @extschema@.vault_keys TO service_role;
     END IF;
 END
 $$;

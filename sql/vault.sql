@@ -33,3 +33,65 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION @extschema@.decrypt_config(bytea, text) IS
     'Decrypts what encrypt_config or a WebCrypto program made. NULL in, NULL out. Errors: 22023 too short or not JSON inside, 22000 no key opens it, F0000 no vault key.';
+
+-- ── Which keys the database's values are under ──
+
+CREATE TABLE _nexus_hub.known_vault_keys (
+    fingerprint text PRIMARY KEY
+        CONSTRAINT known_vault_keys_fingerprint_form CHECK (fingerprint ~ '^[0-9a-f]{16}$'),
+    first_seen timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE _nexus_hub.known_vault_keys IS
+    'The keys that this database has encrypted under, by their fingerprints. It goes with the database''s dump, so that a server with another key knows better than to encrypt.';
+COMMENT ON COLUMN _nexus_hub.known_vault_keys.fingerprint IS 'The key''s fingerprint: the first 8 bytes, in hex, of a GMAC of a constant text under it. It tells nothing of the key.';
+COMMENT ON COLUMN _nexus_hub.known_vault_keys.first_seen IS 'When the key was used here first.';
+SELECT pg_catalog.pg_extension_config_dump('_nexus_hub.known_vault_keys', '');
+
+CREATE FUNCTION _nexus_hub.make_vault_key_known(p_fingerprint text) RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    INSERT INTO _nexus_hub.known_vault_keys (fingerprint) VALUES (p_fingerprint) ON CONFLICT DO NOTHING;
+END;
+COMMENT ON FUNCTION _nexus_hub.make_vault_key_known(text) IS 'Notes a key that may encrypt in this database.';
+
+CREATE FUNCTION _nexus_hub.admit_vault_key(p_fingerprints text[], p_may_write boolean, OUT is_known boolean, OUT known text[])
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    known := ARRAY(SELECT k.fingerprint FROM _nexus_hub.known_vault_keys k ORDER BY k.first_seen, k.fingerprint);
+    is_known := p_fingerprints[1] = ANY (known);
+    IF p_may_write AND NOT is_known AND (known = '{}' OR known && p_fingerprints) THEN
+        PERFORM _nexus_hub.make_vault_key_known(p_fingerprints[1]);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.admit_vault_key(text[], boolean) IS
+    'Whether the first key of a ring is known, and all that are, as of before the call. Notes the first one when no key is known, or one of the ring''s is.';
+
+CREATE FUNCTION _nexus_hub.vault_key_fingerprint() RETURNS text
+LANGUAGE c STABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'vault_key_fingerprint_wrapper';
+COMMENT ON FUNCTION _nexus_hub.vault_key_fingerprint() IS 'The fingerprint of the key that encrypts. Errors: F0000 no vault key.';
+
+CREATE FUNCTION _nexus_hub.vault_key_ring() RETURNS TABLE (fingerprint text, place integer, source text)
+LANGUAGE c STABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'vault_key_ring_wrapper';
+COMMENT ON FUNCTION _nexus_hub.vault_key_ring() IS
+    'The keys that the server has, by their fingerprints: the one in place 1 encrypts. None where no source is configured. Errors: F0000 the source cannot be used.';
+
+CREATE FUNCTION _nexus_hub.vault_key_of(encrypted bytea, context text) RETURNS text
+LANGUAGE c STABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'vault_key_of_wrapper';
+COMMENT ON FUNCTION _nexus_hub.vault_key_of(bytea, text) IS 'The fingerprint of the key that a ciphertext is under; NULL when no key of the server opens it with that context.';
+
+CREATE FUNCTION @extschema@.adopt_vault_key() RETURNS text
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT _nexus_hub.make_vault_key_known(_nexus_hub.vault_key_fingerprint());
+    SELECT _nexus_hub.vault_key_fingerprint();
+END;
+COMMENT ON FUNCTION @extschema@.adopt_vault_key() IS
+    'Lets the server''s first vault key encrypt in this database although its values are under another one that the server does not have. Returns the key''s fingerprint. For the owner alone. Errors: F0000 no vault key.';

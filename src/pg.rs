@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod error;
 pub mod guc;
 pub mod hooks;
+pub mod identity;
 pub mod process;
 pub mod random;
 pub mod shmem;

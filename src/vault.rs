@@ -1,7 +1,10 @@
 //! The vault: sealing and opening tokens and configs under keys that SQL can't see.
 
+mod custody;
 mod keys;
 mod rotation;
+
+pub use custody::stranger;
 
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::json::is_storable;
@@ -44,9 +47,10 @@ pub fn problem() -> Option<String> {
 
 /// Encrypts a text under the first vault key, bound to `context` where one is given.
 pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
+    let ring = keys::ring()?;
+    custody::admit(&ring)?;
     let iv = random::bytes()?;
-    keys::ring()?
-        .seal(iv, text.as_bytes(), context.unwrap_or_default().as_bytes())
+    ring.seal(iv, text.as_bytes(), context.unwrap_or_default().as_bytes())
         .ok_or_else(|| error(Kind::BadArgument, "the value is too long to be encrypted"))
 }
 

@@ -12,6 +12,23 @@ pub const TAG_LENGTH: usize = 16;
 /// Bytes of the shortest ciphertext, that of an empty text.
 pub const MIN_LENGTH: usize = IV_LENGTH + TAG_LENGTH;
 
+/// What a key's fingerprint authenticates, and under which IV. No value is ever sealed under that one: theirs are random.
+const FINGERPRINT_IV: [u8; IV_LENGTH] = *b"nexus_hub/id";
+const FINGERPRINT_OF: &[u8] = b"nexus_hub vault key fingerprint";
+/// Bytes of a fingerprint.
+pub const FINGERPRINT_LENGTH: usize = 8;
+
+/// What tells keys apart without telling anything of them: the first 8 bytes of a GMAC (NIST SP 800-38D) under the key,
+/// of a text that is always the same. A key check value, in the words of hardware security modules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; FINGERPRINT_LENGTH]);
+
+impl std::fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
 /// A key with its schedule computed. The schedule is wiped when it is dropped.
 pub struct Key(Aes256Gcm);
 
@@ -26,6 +43,13 @@ impl Key {
         let nonce = Nonce::<Aes256Gcm>::from(iv);
         let sealed = self.0.encrypt(&nonce, Payload { msg: plaintext, aad: context }).ok()?;
         Some([iv.as_slice(), &sealed].concat())
+    }
+
+    /// What the key is known by.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mac = self.seal(FINGERPRINT_IV, b"", FINGERPRINT_OF).unwrap_or_default();
+        let mac = mac.get(IV_LENGTH..).and_then(<[u8]>::first_chunk).copied();
+        Fingerprint(mac.unwrap_or_default())
     }
 
     /// Decrypts; `None` when this is not the key, or anything was changed.
@@ -46,6 +70,13 @@ mod tests {
     fn matches_the_published_vector() {
         let sealed = Key::new(&[0; 32]).seal([0; 12], &[0; 16], b"").unwrap_or_default();
         assert_eq!(hex::encode(&sealed[12..]), "cea7403d4d606b6e074ec5d3baf39d18d0d1c8a799996bf0265b98b5d48ab919");
+    }
+
+    /// Computed with Node's WebCrypto: AES-GCM of nothing, that IV and additional data.
+    #[test]
+    fn a_fingerprint_is_the_gmac_that_webcrypto_computes() {
+        assert_eq!(Key::new(&[7; 32]).fingerprint().to_string(), "717b9c709077101a");
+        assert_ne!(Key::new(&[8; 32]).fingerprint(), Key::new(&[7; 32]).fingerprint());
     }
 
     #[test]

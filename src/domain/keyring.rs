@@ -1,6 +1,6 @@
 //! The vault's keys: the first encrypts, all decrypt.
 
-use super::envelope::Key;
+use super::envelope::{Fingerprint, Key};
 use zeroize::Zeroizing;
 
 /// A key as it comes from its source.
@@ -10,7 +10,10 @@ pub type RawKey = [u8; 32];
 pub const MAX_KEYS: usize = 32;
 
 /// A ring of at least one key.
-pub struct KeyRing(Vec<Key>);
+pub struct KeyRing {
+    keys: Vec<Key>,
+    fingerprints: Vec<Fingerprint>,
+}
 
 /// Why a text is no key ring. Never quotes the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,22 +69,35 @@ pub enum Resealed {
 impl KeyRing {
     /// A ring of these keys, the first of which encrypts.
     pub fn new(keys: &[RawKey]) -> Self {
-        Self(keys.iter().map(Key::new).collect())
+        let keys: Vec<_> = keys.iter().map(Key::new).collect();
+        let fingerprints = keys.iter().map(Key::fingerprint).collect();
+        Self { keys, fingerprints }
+    }
+
+    /// What the keys are known by, in their order.
+    pub fn fingerprints(&self) -> &[Fingerprint] {
+        &self.fingerprints
+    }
+
+    /// Which key opens a ciphertext.
+    pub fn opener(&self, envelope: &[u8], context: &[u8]) -> Option<Fingerprint> {
+        let index = self.keys.iter().position(|key| key.open(envelope, context).is_some())?;
+        self.fingerprints.get(index).copied()
     }
 
     /// Encrypts with the first key. `None`: too long for GCM.
     pub fn seal(&self, iv: [u8; 12], plaintext: &[u8], context: &[u8]) -> Option<Vec<u8>> {
-        self.0.first()?.seal(iv, plaintext, context)
+        self.keys.first()?.seal(iv, plaintext, context)
     }
 
     /// Decrypts with whichever key fits.
     pub fn open(&self, envelope: &[u8], context: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
-        self.0.iter().find_map(|key| key.open(envelope, context))
+        self.keys.iter().find_map(|key| key.open(envelope, context))
     }
 
     /// How many keys there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.keys.len()
     }
 
     /// Encrypts anew under the first key what another one opens. The older keys are tried first: most of what is to be
@@ -92,7 +108,7 @@ impl KeyRing {
         context: &[u8],
         iv: impl FnOnce() -> Result<[u8; 12], E>,
     ) -> Result<Resealed, E> {
-        let Some((first, older)) = self.0.split_first() else { return Ok(Resealed::Unopened) };
+        let Some((first, older)) = self.keys.split_first() else { return Ok(Resealed::Unopened) };
         let Some(plaintext) = older.iter().find_map(|key| key.open(envelope, context)) else {
             return Ok(if first.open(envelope, context).is_some() { Resealed::Already } else { Resealed::Unopened });
         };
@@ -119,6 +135,9 @@ mod tests {
         let sealed_by_new = both.seal([2; 12], b"x", b"").unwrap_or_default();
         assert!(ring(NEW).open(&sealed_by_new, b"").is_some());
         assert!(ring(OLD).open(&sealed_by_new, b"").is_none());
+        assert_eq!(both.fingerprints(), [ring(NEW).fingerprints(), ring(OLD).fingerprints()].concat());
+        assert_eq!(both.opener(&sealed_by_old, b""), ring(OLD).fingerprints().first().copied());
+        assert_eq!(ring(OLD).opener(&sealed_by_new, b""), None);
     }
 
     #[test]

@@ -70,10 +70,20 @@ pub fn ring() -> Result<Rc<KeyRing>, ErrorReport> {
 
 /// Whether there is anything that should hold keys.
 pub fn configured() -> bool {
-    guc::vault_key_command().is_some()
-        || guc::vault_key_file().is_some()
-        || std::env::var_os(ENVIRONMENT_VARIABLE).is_some()
-        || app_settings::vault_key().is_some()
+    source().is_some()
+}
+
+/// What the keys come from.
+pub fn source() -> Option<&'static str> {
+    if guc::vault_key_command().is_some() {
+        Some("nexus_hub.vault_key_command")
+    } else if guc::vault_key_file().is_some() {
+        Some("nexus_hub.vault_key_file")
+    } else if std::env::var_os(ENVIRONMENT_VARIABLE).is_some() {
+        Some(ENVIRONMENT_VARIABLE)
+    } else {
+        app_settings::vault_key().map(|_| "app.vault_key")
+    }
 }
 
 /// The keys, and whether they are good until the configuration is loaded again.

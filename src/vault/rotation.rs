@@ -1,6 +1,6 @@
 //! Rotation of the vault's keys in one transaction: what `rotate_vault_key` needs beyond SQL.
 
-use super::keys;
+use super::{custody, keys};
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::keyring::{self, KeyRing, RawKey, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
@@ -40,6 +40,7 @@ fn begin_key_rotation() -> Result<(), ErrorReport> {
         (None, None) if keys::configured() => Some(keys::ring()?).filter(|ring| ring.len() > 1).ok_or_else(no_keys)?,
         _ => return Err(no_keys()),
     };
+    custody::adopt(&ring)?;
     xact::at_end(forget);
     ROTATION.set(Some(Rotation { ring, resealed: 0, errors: Vec::new(), untold: 0 }));
     Ok(())

@@ -16,7 +16,6 @@ use crate::pg::catalog::Extension;
 use crate::pg::guc::{Executor, WorkerSettings};
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
-use crate::vault;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -219,9 +218,7 @@ impl Worker {
         self.edge = (self.settings.executor == Executor::Edge).then(|| Err("the executor is not known yet".into()));
         // The poll looks whether the database's settings have changed, too.
         self.next_poll = Instant::now();
-        if let Some(problem) = vault::problem() {
-            log!("nexus_hub: {problem}");
-        }
+        start::tell_of_vault_keys(self.extension);
     }
 
     /// Writes what is finished, and gives back what is in flight.

@@ -10,6 +10,7 @@ use crate::jobs::queue::Queue;
 use crate::net::outbound::{Egress, Outbound};
 use crate::net::{LimitValues, Limits, Net};
 use crate::pg::bgworker::Waiter;
+use crate::pg::catalog::Extension;
 use crate::pg::guc::{self, Executor, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
@@ -79,9 +80,7 @@ pub fn main(slot: usize) -> i32 {
     if let Some(Err(problem)) = &edge {
         log!("nexus_hub: {problem}");
     }
-    if let Some(problem) = vault::problem() {
-        log!("nexus_hub: {problem}");
-    }
+    tell_of_vault_keys(extension);
     // From here on commits wake this worker. What was committed before is found by the first claim.
     shmem::set_worker_state(WorkerState::Running);
     let now = Instant::now();
@@ -125,6 +124,22 @@ pub fn main(slot: usize) -> i32 {
         not_before: None,
     }
     .work()
+}
+
+/// Says in the log what is wrong with the vault's keys: that they cannot be used, or are not this database's.
+pub fn tell_of_vault_keys(extension: Extension) {
+    let stranger = || {
+        transaction::run(c"nexus_hub: looking at the vault's keys", || {
+            if !catalog::hold_extension(extension) {
+                return Ok(None);
+            }
+            vault::stranger().map_err(|problem| problem.to_string())
+        })
+        .unwrap_or_else(|failure| Some(format!("could not look at the vault's keys: {}", failure.message)))
+    };
+    if let Some(problem) = vault::problem().or_else(stranger) {
+        log!("nexus_hub: {problem}");
+    }
 }
 
 /// The executor elsewhere, as the settings name it. Call it in a transaction.

@@ -61,7 +61,7 @@ fn the_command_goes_before_the_file_and_runs_once_a_load_for_all_sessions() {
     assert_eq!(opened, "older", "each of its keys decrypts");
 
     let newest = KEY.replace('0', "5");
-    cluster.write_file("command.key", &newest, "0600");
+    cluster.write_file("command.key", &format!("{newest}\n{OTHER_KEY}\n"), "0600");
     reload(&mut clients[0]);
     for client in &mut clients {
         wait_until("the new key encrypts", || encrypts_under(client, &newest));
@@ -105,7 +105,7 @@ fn a_command_that_fails_is_told_by_its_reason_and_leaves_no_process() {
         let (code, message) = error_of(&mut client, "SELECT encrypt_token('x')");
         assert_eq!((code.as_str(), message.as_str()), ("F0000", "the vault key command failed"), "{command}");
     }
-    assert!(!is_running("sleep 3141.5"), "the command that hung was ended with all it had started");
+    wait_until("the command that hung is ended with all it had started", || !is_running("sleep 3141.5"));
     let log = cluster.log();
     assert!(!log.contains(odd) && !log.contains(KEY), "no output is quoted");
 
@@ -137,7 +137,7 @@ fn a_session_that_is_cancelled_or_ended_while_its_command_runs_holds_up_nobody()
     client.batch_execute("SET LOCAL statement_timeout = '300ms'").expect("SET");
     let (code, _) = error_of(&mut client, "SELECT encrypt_token('x')");
     assert_eq!(code, "57014", "cancelled, as any statement");
-    assert!(!is_running(sleep), "and the command with it");
+    wait_until("and the command with it", || !is_running(sleep));
     drop(client);
 
     let (mut client, pid) = unseen(&cluster);
@@ -167,7 +167,7 @@ fn without_preloading_each_session_runs_the_command_itself() {
     let once = runs(&cluster);
     assert!(encrypts_under(&mut cluster.connect("postgres"), KEY));
     assert_eq!(runs(&cluster), once + 1);
-    cluster.write_file("command.key", OTHER_KEY, "0600");
+    cluster.write_file("command.key", &format!("{OTHER_KEY}\n{KEY}"), "0600");
     reload(&mut client);
     wait_until("the reload is noticed", || encrypts_under(&mut client, OTHER_KEY));
 }
@@ -203,7 +203,7 @@ fn each_bad_form_of_a_key_file_is_told_and_the_next_good_one_is_used() {
         wait_for_detail(&mut client, reason);
     }
     cluster.configure(&[]);
-    cluster.write_key_file(OTHER_KEY);
+    cluster.write_key_file(&format!("{OTHER_KEY}\n{KEY}"));
     reload(&mut client);
     wait_until("the good file is used", || encrypts_under(&mut client, OTHER_KEY));
 }
@@ -227,7 +227,7 @@ fn the_seeds_setting_is_used_last_and_is_shown_to_nobody() {
     let mut client = database.connect();
     client.batch_execute(&format!("SET app.vault_key = '{KEY}'")).expect("SET");
     assert!(encrypts_under(&mut client, KEY));
-    client.batch_execute(&format!("SET app.vault_key = '{OTHER_KEY}'")).expect("SET");
+    client.batch_execute(&format!("SET app.vault_key = '{OTHER_KEY}'; SELECT adopt_vault_key()")).expect("SET");
     assert!(encrypts_under(&mut client, OTHER_KEY), "a SET counts at once");
     for query in ["SHOW app.vault_key", "SELECT current_setting('app.vault_key')"] {
         assert_eq!(value::<String>(&mut client, query), "********", "{query}");
@@ -299,4 +299,128 @@ fn no_sql_shows_a_key_of_any_source() {
         let (code, _) = error_of(&mut client, &format!("SHOW {setting}"));
         assert_eq!(code, "42501", "{setting}");
     }
+}
+
+/// What the view vault_keys shows: place, source and number of values of each key, without the fingerprints.
+fn shown(client: &mut Client) -> Vec<(bool, String, bool, i64)> {
+    client
+        .query("SELECT is_primary, coalesce(source, ''), first_seen IS NOT NULL, value_count FROM vault_keys", &[])
+        .expect("vault_keys")
+        .iter()
+        .map(|row| (row.get(0), row.get(1), row.get(2), row.get(3)))
+        .collect()
+}
+
+#[test]
+fn a_key_that_the_database_does_not_know_encrypts_nothing_until_it_is_adopted() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let sealed: Vec<u8> = value(&mut client, "SELECT encrypt_token('first')");
+    let first: String = value(&mut client, "SELECT fingerprint FROM vault_keys");
+
+    cluster.write_key_file(OTHER_KEY);
+    reload(&mut client);
+    wait_for_detail(&mut client, &format!("the database's values are under {first}"));
+    wait_until("the log says so at once", || {
+        cluster.log().contains(&format!("is not one that this database knows, whose values are under {first}"))
+    });
+    let (code, message) =
+        error_of(&mut client, "SELECT add_server('s', 's', '{\"url\": \"http://127.0.0.1/\"}', gen_random_uuid())");
+    assert_eq!((code.as_str(), message.as_str()), ("F0000", "the vault key is not one that this database knows"));
+    // A new server with the wrong key: at the start, too.
+    cluster.pg_ctl(&["-m", "fast", "restart"]);
+    let mut client = cluster.reconnect(&database.name);
+    let (code, _) = error_of(&mut client, "SELECT encrypt_token('x')");
+    assert_eq!(code, "F0000");
+    client.batch_execute("SET ROLE service_role").expect("SET ROLE");
+    let (code, _) = error_of(&mut client, "SELECT adopt_vault_key()");
+    assert_eq!(code, "42501", "the owner alone decides that");
+    client.batch_execute("RESET ROLE").expect("RESET ROLE");
+
+    // The right key below it makes it the next one.
+    cluster.write_key_file(&format!("{OTHER_KEY}\n{KEY}"));
+    reload(&mut client);
+    wait_until("the new key encrypts", || encrypts_under(&mut client, OTHER_KEY));
+    let opened: String = client.query_one("SELECT decrypt_token($1)", &[&sealed]).expect("open").get(0);
+    assert_eq!(opened, "first");
+
+    // A third one alone, on purpose.
+    let third = KEY.replace('0', "3");
+    cluster.write_key_file(&third);
+    reload(&mut client);
+    wait_for_detail(&mut client, "the database's values are under");
+    let adopted: String = value(&mut client, "SELECT adopt_vault_key()");
+    assert!(encrypts_under(&mut client, &third));
+    let (primary, keys): (String, i64) = {
+        let row = client
+            .query_one("SELECT max(fingerprint) FILTER (WHERE is_primary), count(*) FROM vault_keys", &[])
+            .expect("keys");
+        (row.get(0), row.get(1))
+    };
+    assert_eq!((primary, keys), (adopted, 3));
+}
+
+#[test]
+fn a_first_use_that_is_rolled_back_leaves_no_key_behind() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client.batch_execute("BEGIN; SELECT encrypt_token('x'); ROLLBACK").expect("a transaction");
+    assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), false, 0)]);
+    // Read-only transactions and parallel workers encrypt, and leave the noting to others.
+    client.batch_execute("BEGIN READ ONLY; SELECT encrypt_token('x'); COMMIT").expect("read only");
+    assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), false, 0)]);
+    assert!(encrypts_under(&mut client, KEY));
+    assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), true, 0)]);
+}
+
+#[test]
+fn the_view_shows_which_keys_are_in_use_and_which_are_missing() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    for server in ["a", "b"] {
+        add_server(&mut client, server, serde_json::json!({"url": "http://127.0.0.1/"}));
+    }
+    let file = || "nexus_hub.vault_key_file".to_owned();
+    assert_eq!(shown(&mut client), [(true, file(), true, 2)]);
+    cluster.write_key_file(&format!("{OTHER_KEY}\n{KEY}"));
+    reload(&mut client);
+    wait_until("the ring has two keys", || shown(&mut client) == [(true, file(), false, 0), (false, file(), true, 2)]);
+    add_server(&mut client, "c", serde_json::json!({"url": "http://127.0.0.1/"}));
+    assert_eq!(shown(&mut client), [(true, file(), true, 1), (false, file(), true, 2)]);
+    client.batch_execute("SELECT rotate_vault_key()").expect("rotate_vault_key");
+    assert_eq!(shown(&mut client), [(true, file(), true, 3), (false, file(), true, 0)], "the older key can go");
+    cluster.write_key_file(KEY);
+    reload(&mut client);
+    wait_until("a key is missing", || {
+        shown(&mut client)
+            == [(true, file(), true, 0), (false, String::new(), true, 0), (false, String::new(), false, 3)]
+    });
+    let unopened: i64 = value(&mut client, "SELECT value_count FROM vault_keys WHERE fingerprint IS NULL");
+    assert_eq!(unopened, 3);
+    client
+        .batch_execute("SET ROLE service_role; SELECT * FROM vault_keys; SET ROLE authenticated")
+        .expect("service_role");
+    assert_eq!(error_of(&mut client, "SELECT * FROM vault_keys").0, "42501");
+}
+
+#[test]
+fn a_restored_dump_knows_its_key() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_server(&mut client, "s", serde_json::json!({"url": "http://127.0.0.1/"}));
+    let elsewhere = Cluster::start(&[]);
+    elsewhere.write_key_file(OTHER_KEY);
+    elsewhere.connect("postgres").batch_execute("SELECT pg_reload_conf()").expect("reload");
+    let copy = elsewhere.empty_database();
+    database.copy_to(&copy);
+    let mut client = copy.connect();
+    wait_for_detail(&mut client, "the database's values are under");
+    elsewhere.write_key_file(KEY);
+    reload(&mut client);
+    wait_until("with its key it is as before", || encrypts_under(&mut client, KEY));
+    assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), true, 1)]);
 }

@@ -19,7 +19,7 @@ CREATE TEMP VIEW extension_function AS
       JOIN pg_namespace n ON n.oid = p.pronamespace
      WHERE e.extname = 'nexus_hub';
 CREATE TEMP VIEW extension_table AS
-    SELECT c.oid, n.nspname, c.relname, format('%I.%I', n.nspname, c.relname) AS name,
+    SELECT c.oid, n.nspname, c.relname, c.relkind, format('%I.%I', n.nspname, c.relname) AS name,
            (SELECT a.attname FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum = 1) AS first_column
       FROM pg_extension e
       JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
@@ -69,7 +69,7 @@ SELECT set_eq(
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
-      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role')$$,
+      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──
@@ -81,6 +81,8 @@ SELECT throws_ok(call, '42501', NULL, format('anon cannot call %s.%s', CASE nspn
 SELECT throws_ok(format(statement, name, first_column), '42501', NULL, format('anon cannot %s %s', split_part(statement, ' ', 1), relname))
   FROM extension_table,
        unnest(ARRAY['SELECT FROM %s', 'INSERT INTO %s DEFAULT VALUES', 'UPDATE %1$s SET %2$I = %2$I', 'DELETE FROM %s', 'TRUNCATE %s']) AS statement
+ -- What nobody could do to a view says so first.
+ WHERE relname <> 'vault_keys' OR statement ~ '^SELECT'
  ORDER BY relname, statement;
 SELECT lives_ok(format('SELECT %I.nexus_hub_uid()', :'schema'), 'anon can call nexus_hub_uid');
 RESET ROLE;
@@ -148,15 +150,17 @@ RESET ROLE;
 -- ── service_role ──
 
 SELECT is_empty(
-    $$SELECT call FROM extension_function WHERE nspname <> '_nexus_hub' AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
-    'service_role may execute every public function');
+    $$SELECT call FROM extension_function
+       WHERE nspname <> '_nexus_hub' AND proname <> 'adopt_vault_key' AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
+    'service_role may execute every public function but adopt_vault_key');
+SELECT is(has_function_privilege('service_role', format('%I.adopt_vault_key()', :'schema'), 'EXECUTE'), false, 'which is the owner''s alone');
 SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
        WHERE nspname <> '_nexus_hub' AND has_table_privilege('service_role', oid, privilege)$$,
     $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results']) AS relname,
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
-      UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT')$$,
+      UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT')$$,
     'service_role may read every public table, and write all but those that the worker alone writes');
 
 SELECT pg_temp.as_role('service_role');

@@ -34,6 +34,7 @@ SELECT set_eq(
     ('decrypt_token', 'encrypted bytea, context text DEFAULT NULL::text', 'text'),
     ('encrypt_config', 'config jsonb, context text DEFAULT NULL::text', 'bytea'),
     ('decrypt_config', 'encrypted bytea, context text DEFAULT NULL::text', 'jsonb'),
+    ('adopt_vault_key', '', 'text'),
     ('rotate_vault_key', '', 'TABLE(servers_updated integer, errors text[])'),
     ('add_server', 'p_server_id text, p_name text, p_config jsonb, p_user_id uuid DEFAULT NULL::uuid', 'uuid'),
     ('update_server', 'p_id uuid, p_name text DEFAULT NULL::text, p_config jsonb DEFAULT NULL::jsonb, p_enabled boolean DEFAULT NULL::boolean', 'boolean'),
@@ -125,7 +126,7 @@ SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L
 SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
-    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'),
+    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
     ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's')$$,

@@ -306,6 +306,24 @@ impl Database<'_> {
         self.cluster.connect(&self.name)
     }
 
+    /// Dumps the database and restores it into an empty one, of this cluster or another.
+    pub fn copy_to(&self, other: &Database<'_>) {
+        let mut dump = Command::new(self.cluster.bin.join("pg_dump"))
+            .args(["-Fc", &self.name])
+            .envs(self.cluster.environment())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("pg_dump");
+        let restore = Command::new(self.cluster.bin.join("pg_restore"))
+            .args(["--exit-on-error", "-d", &other.name])
+            .envs(other.cluster.environment())
+            .stdin(dump.stdout.take().expect("piped"))
+            .output()
+            .expect("pg_restore");
+        assert!(restore.status.success(), "{}", String::from_utf8_lossy(&restore.stderr));
+        assert!(dump.wait().expect("pg_dump").success());
+    }
+
     /// The process id of the database's worker, if it has one.
     pub fn worker(&self) -> Option<i32> {
         let mut client = self.cluster.connect("postgres");

@@ -1,0 +1,36 @@
+-- The view of the vault's keys.
+
+CREATE FUNCTION _nexus_hub.values_by_vault_key() RETURNS TABLE (fingerprint text, value_count bigint)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT _nexus_hub.vault_key_of(s.config_encrypted, NULL), count(*)
+      FROM @extschema@.user_servers s
+     WHERE s.config_encrypted IS NOT NULL
+     GROUP BY 1;
+END;
+COMMENT ON FUNCTION _nexus_hub.values_by_vault_key() IS
+    'How many values of the vault''s tables are under each key; NULL: those that no key of the server opens. Tries them all: a second for a million or so.';
+
+CREATE FUNCTION _nexus_hub.vault_key_state()
+RETURNS TABLE (fingerprint text, is_primary boolean, source text, first_seen timestamptz, value_count bigint)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT coalesce(r.fingerprint, k.fingerprint, v.fingerprint), coalesce(r.place = 1, false), r.source, k.first_seen, coalesce(v.value_count, 0)
+      FROM _nexus_hub.vault_key_ring() r
+      FULL JOIN _nexus_hub.known_vault_keys k ON k.fingerprint = r.fingerprint
+      FULL JOIN _nexus_hub.values_by_vault_key() v ON v.fingerprint = r.fingerprint
+     ORDER BY r.place, k.first_seen;
+END;
+COMMENT ON FUNCTION _nexus_hub.vault_key_state() IS 'What the view vault_keys shows. The caller has been found to be trusted.';
+
+CREATE VIEW @extschema@.vault_keys WITH (security_barrier) AS
+    SELECT s.fingerprint, s.is_primary, s.source, s.first_seen, s.value_count FROM _nexus_hub.vault_key_state() AS s;
+COMMENT ON VIEW @extschema@.vault_keys IS
+    'The vault''s keys, never the keys themselves: those of the server, and those that this database has encrypted under. Errors: F0000 the keys'' source cannot be used.';
+COMMENT ON COLUMN @extschema@.vault_keys.fingerprint IS 'The key''s fingerprint. NULL: the values that no key of the server opens.';
+COMMENT ON COLUMN @extschema@.vault_keys.is_primary IS 'Whether it is the key that encrypts.';
+COMMENT ON COLUMN @extschema@.vault_keys.source IS 'What the server has it from; NULL: the server does not have it.';
+COMMENT ON COLUMN @extschema@.vault_keys.first_seen IS 'When it encrypted here first; NULL: never yet.';
+COMMENT ON COLUMN @extschema@.vault_keys.value_count IS 'Values of the vault''s tables that are under it. At 0 an older key can be removed; values in other tables are not counted. Counted anew at each look: a second for a million or so.';
