@@ -51,12 +51,18 @@ BEGIN
               INSERT (user_id, job_type, server_id, tool_name, params, status, priority, run_at, timeout_ms, max_attempts, idempotency_key)
            ON @extschema@.job_results TO authenticated;
         GRANT SELECT ON @extschema@.job_attempts TO authenticated;
+        GRANT SELECT (id, user_id, service, created_at, updated_at, last_used_at) ON @extschema@.api_keys TO authenticated;
+        GRANT SELECT ON @extschema@.api_gateway_configs TO authenticated;
+        -- UPDATE of user_id, because an upsert of PostgREST writes all columns it is given; row-level security keeps it the user's.
+        GRANT SELECT, INSERT (user_id, allow_gateway_fallback), UPDATE (user_id, allow_gateway_fallback)
+           ON @extschema@.user_settings TO authenticated;
     END IF;
 
     -- The trusted back end: everything public.
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'service_role') THEN
         GRANT SELECT, INSERT, UPDATE, DELETE
-           ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results TO service_role;
+           ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results,
+              @extschema@.api_keys, @extschema@.api_gateway_configs, @extschema@.user_settings TO service_role;
         GRANT SELECT ON @extschema@.job_attempts, @extschema@.circuit_breakers TO service_role;
         GRANT EXECUTE ON FUNCTION
             @extschema@.http_request(text, text, text, jsonb, integer, integer, timestamptz, integer, text),
@@ -69,7 +75,12 @@ BEGIN
             _nexus_hub.decrypt_json(bytea, text),
             @extschema@.rotate_vault_key(),
             _nexus_hub.rotate_values(),
-            _nexus_hub.vault_key_state()
+            _nexus_hub.vault_key_state(),
+            _nexus_hub.api_service(text),
+            _nexus_hub.api_key(text),
+            _nexus_hub.model_provider(text),
+            _nexus_hub.model_name(text, text),
+            _nexus_hub.no_api_key(text, uuid, boolean)
             TO service_role;
         GRANT SELECT ON @extschema@.vault_keys TO service_role;
     END IF;
@@ -118,7 +129,16 @@ $$;
 GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_role(), _nexus_hub.uuid_v7(), _nexus_hub.url_authority(text),
         _nexus_hub.is_job(text, text, text, boolean, boolean),
         _nexus_hub.are_job_options(integer, timestamptz, integer, integer, text),
-        _nexus_hub.is_job_state(text, boolean, boolean, boolean, boolean)
+        _nexus_hub.is_job_state(text, boolean, boolean, boolean, boolean), _nexus_hub.gateway_base_url(text)
+   TO PUBLIC;
+
+-- For the service role alone, but these say so themselves, in words that callers know.
+GRANT EXECUTE ON FUNCTION
+        @extschema@.insert_user_api_key(uuid, text, text), @extschema@.get_user_api_key(uuid, text),
+        @extschema@.delete_user_api_key(uuid, text), @extschema@.touch_user_api_key(uuid, text),
+        @extschema@.upsert_user_gateway_config(uuid, text), @extschema@.delete_user_gateway_config(uuid),
+        @extschema@.get_user_gateway_base_url(uuid), @extschema@.get_user_allow_gateway_fallback(uuid),
+        @extschema@.resolve_provider(uuid, text), _nexus_hub.require_service_role(boolean)
    TO PUBLIC;
 
 SELECT _nexus_hub.grant_api();

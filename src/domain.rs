@@ -7,5 +7,6 @@ pub mod envelope;
 pub mod job;
 pub mod json;
 pub mod keyring;
+pub mod provider;
 pub mod schedule;
 pub mod secret;

@@ -1,9 +1,11 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `jobs`, `servers`, `vault` → `net` and `pg` → `domain`.
+//! Floors, imports run downward only: `worker` → the façades `byok`, `jobs`, `servers`, `vault` → `net` and `pg` →
+//! `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
 
+mod byok;
 mod domain;
 mod jobs;
 mod net;
@@ -23,6 +25,7 @@ extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]
 extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["servers"]);
 extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["servers"]);
 extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
+extension_sql_file!("../sql/byok.sql", name = "byok", requires = ["jobs"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

@@ -12,9 +12,11 @@ fn a_dump_brings_back_all_rows_and_a_running_worker() {
     add_server(&mut client, "demo", server.config());
     client
         .batch_execute(
-            "INSERT INTO system_servers (id, name, config) VALUES ('sys', 'sys', '{\"url\": \"http://h/\"}')",
+            "INSERT INTO system_servers (id, name, config) VALUES ('sys', 'sys', '{\"url\": \"http://h/\"}');
+             SELECT insert_user_api_key(NULL, 'gateway', 'key'), upsert_user_gateway_config(NULL, 'https://gateway.example/v1');
+             INSERT INTO user_settings (user_id) VALUES (gen_random_uuid())",
         )
-        .expect("a system server");
+        .expect("a system server, an API key, a gateway and settings");
     run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
     client.batch_execute("SELECT _nexus_hub.grant_api()").expect("as after roles were made");
     let restored = shared().empty_database();
@@ -23,9 +25,10 @@ fn a_dump_brings_back_all_rows_and_a_running_worker() {
         Command::new("sh").args(["-c", &script]).envs(shared().environment()).output().expect("pg_dump | pg_restore");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut client = restored.connect();
-    for table in ["system_servers", "user_servers", "job_results"] {
+    for table in ["system_servers", "user_servers", "job_results", "api_keys", "api_gateway_configs", "user_settings"] {
         assert_eq!(value::<i64>(&mut client, &format!("SELECT count(*) FROM {table}")), 1, "{table}");
     }
+    assert_eq!(value::<String>(&mut client, "SELECT get_user_api_key(NULL, 'gateway')"), "key");
     run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
 }
 

@@ -57,8 +57,12 @@ SELECT set_eq(
     $$SELECT object, privilege_type FROM granted WHERE grantee = 'PUBLIC'$$,
     $$VALUES ('nexus_hub_uid()', 'EXECUTE'), ('_nexus_hub.is_service_role()', 'EXECUTE'), ('_nexus_hub.uuid_v7()', 'EXECUTE'), ('_nexus_hub.url_authority(text)', 'EXECUTE'),
               ('_nexus_hub.is_job(text,text,text,boolean,boolean)', 'EXECUTE'), ('_nexus_hub.is_job_state(text,boolean,boolean,boolean,boolean)', 'EXECUTE'),
-              ('_nexus_hub.are_job_options(integer,timestamp with time zone,integer,integer,text)', 'EXECUTE')$$,
-    'PUBLIC may execute what policies, defaults, generated columns and constraints call, and nothing else');
+              ('_nexus_hub.are_job_options(integer,timestamp with time zone,integer,integer,text)', 'EXECUTE'), ('_nexus_hub.gateway_base_url(text)', 'EXECUTE'),
+              ('insert_user_api_key(uuid,text,text)', 'EXECUTE'), ('get_user_api_key(uuid,text)', 'EXECUTE'), ('delete_user_api_key(uuid,text)', 'EXECUTE'),
+              ('touch_user_api_key(uuid,text)', 'EXECUTE'), ('upsert_user_gateway_config(uuid,text)', 'EXECUTE'), ('delete_user_gateway_config(uuid)', 'EXECUTE'),
+              ('get_user_gateway_base_url(uuid)', 'EXECUTE'), ('get_user_allow_gateway_fallback(uuid)', 'EXECUTE'), ('resolve_provider(uuid,text)', 'EXECUTE'),
+              ('_nexus_hub.require_service_role(boolean)', 'EXECUTE')$$,
+    'PUBLIC may execute what policies, defaults, generated columns and constraints call, what says by itself that it is for the service role, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
 SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub'$$,
                 'the views in _nexus_hub are granted to nobody');
@@ -69,7 +73,8 @@ SELECT set_eq(
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
-      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role')$$,
+      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
+                       ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──
@@ -101,7 +106,12 @@ SELECT set_eq(
     ('user_servers', 'INSERT', 'config_encrypted enabled name server_id transport user_id'),
     ('user_servers', 'UPDATE', 'config_encrypted enabled name updated_at'),
     ('system_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute ref_id'),
-    ('job_results', 'INSERT', 'idempotency_key job_type max_attempts params priority run_at server_id status timeout_ms tool_name user_id')$$,
+    ('job_results', 'INSERT', 'idempotency_key job_type max_attempts params priority run_at server_id status timeout_ms tool_name user_id'),
+    ('api_keys', 'SELECT', 'created_at id last_used_at service updated_at user_id'),
+    ('api_gateway_configs', 'SELECT', 'base_url created_at id updated_at user_id'),
+    ('user_settings', 'SELECT', 'allow_gateway_fallback created_at updated_at user_id'),
+    ('user_settings', 'INSERT', 'allow_gateway_fallback user_id'),
+    ('user_settings', 'UPDATE', 'allow_gateway_fallback user_id')$$,
     'authenticated reads no config, and writes no column that is not a user''s to write');
 SELECT is_empty(
     $$SELECT name, privilege FROM extension_table, unnest(ARRAY['TRUNCATE', 'REFERENCES', 'TRIGGER', 'DELETE']) AS privilege
@@ -110,7 +120,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_user_|^resolve_provider$' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
@@ -140,6 +150,18 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', st
     'INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES (''h:80'', 0, ''open'', 5, now(), ''e'')',
     'UPDATE circuit_breakers SET state = ''open''',
     'DELETE FROM circuit_breakers',
+    'SELECT api_key_encrypted FROM api_keys',
+    'SELECT * FROM api_keys',
+    'SELECT id FROM api_keys WHERE api_key_encrypted IS NOT NULL',
+    'SELECT k FROM api_keys k',
+    'INSERT INTO api_keys (user_id, service, api_key_encrypted) VALUES (nexus_hub_uid(), ''openai'', decode(repeat(''00'', 28), ''hex''))',
+    'UPDATE api_keys SET user_id = user_id',
+    'DELETE FROM api_keys',
+    'INSERT INTO api_gateway_configs (user_id, base_url) VALUES (nexus_hub_uid(), ''https://host'')',
+    'UPDATE api_gateway_configs SET base_url = ''https://host''',
+    'DELETE FROM api_gateway_configs',
+    'UPDATE user_settings SET updated_at = now()',
+    'DELETE FROM user_settings',
     'SHOW nexus_hub.vault_key_file']) AS statement;
 SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
                          VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
@@ -158,7 +180,7 @@ SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
        WHERE nspname <> '_nexus_hub' AND has_table_privilege('service_role', oid, privilege)$$,
-    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results']) AS relname,
+    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings']) AS relname,
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
       UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT')$$,
     'service_role may read every public table, and write all but those that the worker alone writes');
@@ -177,6 +199,8 @@ SELECT isnt(http_get('https://host/'), NULL, 'service_role calls http_get');
 SELECT isnt(http_post('https://host/'), NULL, 'service_role calls http_post');
 SELECT isnt(http_request('PUT', 'https://host/'), NULL, 'service_role calls http_request');
 SELECT is_empty('SELECT * FROM circuit_breakers', 'service_role reads circuit_breakers');
+SELECT isnt(insert_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai', 'k'), NULL, 'service_role stores a user''s API key');
+SELECT is(get_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai'), 'k', 'service_role reads a user''s API key');
 SELECT throws_ok(statement, '42501', NULL, format('service_role cannot: %s', statement))
   FROM unnest(ARRAY[
     'INSERT INTO job_attempts (job_id, attempt, started_at, error) VALUES (gen_random_uuid(), 1, now(), ''e'')',
@@ -195,12 +219,16 @@ RESET ROLE;
 
 CREATE ROLE nexus_hub_test_4;
 GRANT USAGE ON SCHEMA :"schema" TO nexus_hub_test_4;
-GRANT SELECT, INSERT ON job_results, job_attempts, user_servers TO nexus_hub_test_4;
+GRANT SELECT, INSERT ON job_results, job_attempts, user_servers, api_keys, api_gateway_configs, user_settings TO nexus_hub_test_4;
 SELECT pg_temp.as_role('nexus_hub_test_4');
 SELECT lives_ok($$INSERT INTO job_results (user_id, job_type, server_id, tool_name) VALUES (nexus_hub_uid(), 'tool_invoke', 's', 't')$$,
                 'a role that was granted job_results needs no other right to insert an own job');
 SELECT lives_ok($$INSERT INTO user_servers (user_id, server_id, name) VALUES (nexus_hub_uid(), 'another', 'Another')$$, 'nor one that was granted user_servers, for an own server');
 SELECT lives_ok('SELECT * FROM job_attempts', 'nor one that was granted job_attempts');
+SELECT lives_ok('INSERT INTO user_settings (user_id) VALUES (nexus_hub_uid())', 'nor one that was granted user_settings');
+SELECT throws_ok($$INSERT INTO api_gateway_configs (user_id, base_url) VALUES (nexus_hub_uid(), 'https://host')$$, '42501', NULL,
+                 'but one that was granted api_gateway_configs still writes none');
+SELECT throws_ok($$INSERT INTO api_keys (user_id, service, api_key_encrypted) VALUES (nexus_hub_uid(), 'openai', decode(repeat('00', 28), 'hex'))$$, '42501', NULL, 'nor does one that was granted api_keys');
 RESET ROLE;
 DROP OWNED BY nexus_hub_test_4;
 DROP ROLE nexus_hub_test_4;

@@ -26,6 +26,12 @@ INSERT INTO made VALUES
 INSERT INTO system_servers (id, name, config, enabled) VALUES
     ('open', 'Open', '{"url": "https://open.example/mcp"}', true),
     ('closed', 'Closed', '{"url": "https://closed.example/mcp"}', false);
+INSERT INTO made VALUES
+    ('key a', insert_user_api_key(:a, 'openai', 'key of A')),
+    ('key b', insert_user_api_key(:b, 'openai', 'key of B')),
+    ('key of the team', insert_user_api_key(NULL, 'openai', 'key of the team'));
+SELECT upsert_user_gateway_config(:a, 'https://a.example'), upsert_user_gateway_config(:b, 'https://b.example'), upsert_user_gateway_config(NULL, 'https://team.example');
+INSERT INTO user_settings (user_id, allow_gateway_fallback) VALUES (:b, true);
 CREATE FUNCTION pg_temp.made(what text) RETURNS uuid LANGUAGE sql STABLE AS $$ SELECT id FROM pg_temp.made WHERE name = what $$;
 
 -- ── Who is calling ──
@@ -45,7 +51,10 @@ CREATE FUNCTION pg_temp.sees_nothing(claims text, sub text, description text) RE
 BEGIN
     PERFORM pg_temp.as_claims(claims, sub);
     RETURN NEXT is(nexus_hub_uid(), NULL, description || ': the caller is unknown');
-    RETURN NEXT is_empty($q$SELECT id FROM user_servers UNION ALL SELECT id FROM job_results$q$, description || ': no rows are seen');
+    RETURN NEXT is_empty($q$SELECT id FROM user_servers UNION ALL SELECT id FROM job_results UNION ALL SELECT id FROM api_keys
+                            UNION ALL SELECT id FROM api_gateway_configs UNION ALL SELECT user_id FROM user_settings$q$, description || ': no rows are seen');
+    RETURN NEXT is_empty($q$UPDATE user_settings SET allow_gateway_fallback = false RETURNING user_id$q$, description || ': no settings are changed');
+    RETURN NEXT throws_ok($q$INSERT INTO user_settings (user_id) VALUES ('cccccccc-0000-4000-8000-000000000003')$q$, '42501', NULL, description || ': no settings are made');
     RETURN NEXT is_empty($q$SELECT * FROM list_servers() WHERE kind = 'user'$q$, description || ': no own servers are listed');
     RETURN NEXT throws_ok($q$SELECT add_server('new', 'New', '{"url": "https://host/mcp"}')$q$, '22023', 'the owner is not known',
         description || ': no server can be added');
@@ -263,6 +272,53 @@ RESET ROLE;
 GRANT SELECT ON circuit_breakers TO authenticated;
 SELECT pg_temp.as_user(:a);
 SELECT is_empty('SELECT FROM circuit_breakers', 'a user would see none even with the right to read the table');
+
+-- ── API keys, gateways and settings ──
+
+SELECT pg_temp.as_user(:a);
+SELECT results_eq('SELECT id, user_id, service, last_used_at FROM api_keys', format($$SELECT pg_temp.made('key a'), %L::uuid, 'openai', NULL::timestamptz$$, :a),
+                  'a user sees the own keys only, and not the team''s');
+SELECT is((SELECT count(*) FROM api_keys), 1::bigint, 'also when counting them');
+SELECT results_eq('SELECT user_id, base_url FROM api_gateway_configs', format($$VALUES (%L::uuid, 'https://a.example')$$, :a), 'a user sees the own gateway only, and not the team''s');
+SELECT is_empty('SELECT FROM user_settings', 'a user sees no settings but the own');
+SELECT lives_ok(format('INSERT INTO user_settings (user_id, allow_gateway_fallback) VALUES (%L, false)', :a), 'a user makes the own settings');
+SELECT lives_ok(format('INSERT INTO user_settings (user_id, allow_gateway_fallback) VALUES (%L, true)
+                        ON CONFLICT (user_id) DO UPDATE SET user_id = excluded.user_id, allow_gateway_fallback = excluded.allow_gateway_fallback', :a),
+                'and changes them with an upsert as PostgREST makes it');
+SELECT results_eq('UPDATE user_settings SET allow_gateway_fallback = false RETURNING user_id, allow_gateway_fallback', format('VALUES (%L::uuid, false)', :a), 'and with an UPDATE, which changes nobody else''s');
+SELECT throws_ok(statement, '42501', NULL, 'a user cannot: ' || statement)
+  FROM unnest(ARRAY[
+    format('INSERT INTO user_settings (user_id) VALUES (%L)', :b),
+    format('INSERT INTO user_settings (user_id) VALUES (%L) ON CONFLICT DO NOTHING', :b),
+    format('INSERT INTO user_settings (user_id) VALUES (%L) ON CONFLICT (user_id) DO UPDATE SET allow_gateway_fallback = false', :b),
+    format('UPDATE user_settings SET user_id = %L', :b),
+    'UPDATE user_settings SET user_id = ''cccccccc-0000-4000-8000-000000000003''']) AS statement;
+SELECT pg_temp.as_user(:b);
+SELECT results_eq('SELECT id FROM api_keys', $$SELECT pg_temp.made('key b')$$, 'the other user sees the own key');
+SELECT results_eq('SELECT user_id, allow_gateway_fallback FROM user_settings', format('VALUES (%L::uuid, true)', :b), 'and the own settings, as they were');
+
+-- Even with every right to the tables.
+RESET ROLE;
+GRANT ALL ON api_keys, api_gateway_configs, user_settings TO authenticated;
+SELECT pg_temp.as_user(:a);
+SELECT is_empty(statement, 'row-level security alone is enough against: ' || statement)
+  FROM unnest(ARRAY[
+    'UPDATE api_keys SET service = ''xai'' RETURNING id', 'DELETE FROM api_keys RETURNING id',
+    'UPDATE api_gateway_configs SET base_url = ''https://evil.example'' RETURNING id', 'DELETE FROM api_gateway_configs RETURNING id',
+    'DELETE FROM user_settings WHERE allow_gateway_fallback RETURNING user_id',
+    'SELECT FROM api_keys WHERE user_id IS NULL', 'SELECT FROM api_gateway_configs WHERE user_id IS NULL']) AS statement;
+SELECT throws_ok(format(statement, owner), '42501', NULL, 'or: ' || format(statement, owner))
+  FROM unnest(ARRAY[:'a', 'NULL']) AS owner,
+       unnest(ARRAY['INSERT INTO api_keys (user_id, service, api_key_encrypted) VALUES (%s, ''xai'', decode(repeat(''00'', 28), ''hex''))',
+                    'INSERT INTO api_gateway_configs (user_id, base_url) VALUES (%s, ''https://evil.example'')']) AS statement;
+SELECT pg_temp.as_claims('');
+SELECT is_empty('SELECT id FROM api_keys UNION ALL SELECT id FROM api_gateway_configs UNION ALL SELECT user_id FROM user_settings', 'somebody without an id is not the team');
+SELECT pg_temp.as_service();
+SELECT set_eq('SELECT user_id, get_user_api_key(user_id, service) FROM api_keys', format($$VALUES (%L::uuid, 'key of A'), (%L, 'key of B'), (NULL, 'key of the team')$$, :a, :b),
+              'service_role sees everybody''s keys, which are as they were');
+SELECT set_eq('SELECT user_id, base_url FROM api_gateway_configs', format($$VALUES (%L::uuid, 'https://a.example'), (%L, 'https://b.example'), (NULL, 'https://team.example')$$, :a, :b),
+              'and everybody''s gateways');
+SELECT set_eq('SELECT user_id, allow_gateway_fallback FROM user_settings', format('VALUES (%L::uuid, false), (%L, true)', :a, :b), 'and everybody''s settings');
 
 -- ── What service_role does with jobs ──
 

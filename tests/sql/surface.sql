@@ -50,7 +50,16 @@ SELECT set_eq(
     ('retry_job', 'p_job_id uuid', 'boolean'),
     ('retry_failed_jobs', 'p_server_id text DEFAULT NULL::text, p_job_type text DEFAULT NULL::text, p_since timestamp with time zone DEFAULT NULL::timestamp with time zone, p_until timestamp with time zone DEFAULT NULL::timestamp with time zone', 'integer'),
     ('get_job_attempts', 'p_job_id uuid', 'TABLE(attempt integer, started_at timestamp with time zone, finished_at timestamp with time zone, http_status integer, error text)'),
-    ('execute_job_via_pg_net', 'job_id uuid', 'void')$$,
+    ('execute_job_via_pg_net', 'job_id uuid', 'void'),
+    ('insert_user_api_key', 'p_user_id uuid, p_service text, p_api_key text', 'uuid'),
+    ('get_user_api_key', 'p_user_id uuid, p_service text', 'text'),
+    ('delete_user_api_key', 'p_user_id uuid, p_service text', 'boolean'),
+    ('touch_user_api_key', 'p_user_id uuid, p_service text', 'void'),
+    ('upsert_user_gateway_config', 'p_user_id uuid, p_base_url text', 'void'),
+    ('delete_user_gateway_config', 'p_user_id uuid', 'void'),
+    ('get_user_gateway_base_url', 'p_user_id uuid', 'text'),
+    ('get_user_allow_gateway_fallback', 'p_user_id uuid', 'boolean'),
+    ('resolve_provider', 'p_user_id uuid, p_model text', 'TABLE(provider text, model text, source text, service text, base_url text)')$$,
     'the public functions are those of the contract, with its argument names, defaults and results');
 
 SELECT set_has(
@@ -110,7 +119,23 @@ SELECT set_has(
     ('circuit_breakers', 'failures', 'integer', NULL),
     ('circuit_breakers', 'opened_at', 'timestamp with time zone', 'clock_timestamp()'),
     ('circuit_breakers', 'probe_at', 'timestamp with time zone', NULL),
-    ('circuit_breakers', 'error', 'text', NULL)$$,
+    ('circuit_breakers', 'error', 'text', NULL),
+    ('api_keys', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('api_keys', 'user_id', 'uuid', NULL),
+    ('api_keys', 'service', 'text', NULL),
+    ('api_keys', 'api_key_encrypted', 'bytea', NULL),
+    ('api_keys', 'created_at', 'timestamp with time zone', 'now()'),
+    ('api_keys', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('api_keys', 'last_used_at', 'timestamp with time zone', NULL),
+    ('api_gateway_configs', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('api_gateway_configs', 'user_id', 'uuid', NULL),
+    ('api_gateway_configs', 'base_url', 'text', NULL),
+    ('api_gateway_configs', 'created_at', 'timestamp with time zone', 'now()'),
+    ('api_gateway_configs', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('user_settings', 'user_id', 'uuid', NULL),
+    ('user_settings', 'allow_gateway_fallback', 'boolean', 'true'),
+    ('user_settings', 'created_at', 'timestamp with time zone', 'now()'),
+    ('user_settings', 'updated_at', 'timestamp with time zone', 'now()')$$,
     'the tables have the columns of the contract, with its types and defaults');
 
 SELECT col_is_pk(:'schema', 'system_servers', 'id', 'system_servers is keyed by id');
@@ -120,6 +145,9 @@ SELECT col_is_unique(:'schema', 'user_servers', ARRAY['user_id', 'server_id'], '
 SELECT col_is_pk(:'schema', 'job_results', 'id', 'job_results is keyed by id');
 SELECT col_is_pk(:'schema', 'job_attempts', 'id', 'job_attempts is keyed by id');
 SELECT col_is_pk(:'schema', 'circuit_breakers', ARRAY['host', 'worker'], 'circuit_breakers is keyed by host and worker');
+SELECT col_is_pk(:'schema', 'api_keys', 'id', 'api_keys is keyed by id');
+SELECT col_is_pk(:'schema', 'api_gateway_configs', 'id', 'api_gateway_configs is keyed by id');
+SELECT col_is_pk(:'schema', 'user_settings', 'user_id', 'user_settings is keyed by user_id');
 SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L::regclass AND a.attgenerated = ''s''', format('%I.job_results', :'schema')),
               $$VALUES ('target'::name)$$, 'job_results.target is generated and stored, and nothing else is');
 
@@ -129,7 +157,9 @@ SELECT set_eq(
     ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
-    ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's')$$,
+    ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's'),
+    ('insert_user_api_key', 'v'), ('get_user_api_key', 's'), ('delete_user_api_key', 'v'), ('touch_user_api_key', 'v'), ('upsert_user_gateway_config', 'v'),
+    ('delete_user_gateway_config', 'v'), ('get_user_gateway_base_url', 's'), ('get_user_allow_gateway_fallback', 's'), ('resolve_provider', 's')$$,
     'functions that only read are STABLE; those that write, wait or draw a random IV are VOLATILE');
 
 -- ── Rules for every object, future ones included ──
