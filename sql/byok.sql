@@ -270,7 +270,8 @@ BEGIN ATOMIC
     SELECT _nexus_hub.require_service_role(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role());
     WITH wanted AS MATERIALIZED (
         SELECT _nexus_hub.model_provider(p_model) AS provider,
-               coalesce((SELECT s.allow_gateway_fallback FROM @extschema@.user_settings s WHERE s.user_id = p_user_id), true) AS may_fall_back),
+               coalesce((SELECT s.allow_gateway_fallback FROM @extschema@.user_settings s WHERE s.user_id = p_user_id),
+                        true) AS may_fall_back),
     chosen AS (
         SELECT k.user_id IS NULL AS is_teams, k.service, g.base_url
           FROM wanted w
