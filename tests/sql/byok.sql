@@ -428,6 +428,30 @@ ALTER TABLE api_keys OWNER TO CURRENT_USER;
 ALTER TABLE api_gateway_configs OWNER TO CURRENT_USER;
 ALTER TABLE user_settings OWNER TO CURRENT_USER;
 
+-- ── Rotation ──
+
+-- The shared cluster's key, and another.
+\set cluster_key '''00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff'''
+\set new_key '''2222222222222222222222222222222222222222222222222222222222222222'''
+SELECT insert_user_api_key(:a, 'openai', 'key of a'), insert_user_api_key(:b, 'openai', 'key of b'), insert_user_api_key(NULL, 'gateway', 'key of the team');
+UPDATE api_keys SET service = 'xai' WHERE user_id = :b;
+DROP TABLE before;
+CREATE TEMP TABLE before AS SELECT * FROM api_keys;
+SELECT set_config('app.vault_old_key', :cluster_key, true), set_config('app.vault_new_key', :new_key, true);
+SELECT results_eq('SELECT servers_updated, errors FROM rotate_vault_key()',
+                  format($$SELECT 0, ARRAY[format('API key %%s: the value cannot be decrypted', id)] FROM api_keys WHERE user_id = %L$$, :b),
+                  'rotate_vault_key encrypts API keys anew, too, and tells which it cannot');
+SELECT set_eq('SELECT user_id FROM api_keys k JOIN before b USING (id, user_id) WHERE k.api_key_encrypted <> b.api_key_encrypted', format('VALUES (%L::uuid)', :a),
+              'a user''s key is under the new key');
+SELECT is(pg_temp.error_of(format('SELECT get_user_api_key(%L, %L)', owner, name)), :unopenable, 'the old key opens it no more: ' || name)
+  FROM (VALUES (:a, 'openai'), (NULL, 'gateway')) AS t (owner, name);
+SELECT set_config('app.vault_old_key', :new_key, true), set_config('app.vault_new_key', :cluster_key, true);
+SELECT is(cardinality(errors), 1, 'with the keys exchanged it goes back') FROM rotate_vault_key();
+SELECT is(get_user_api_key(:a, 'openai'), 'key of a', 'the user''s key opens as before');
+SELECT is(get_user_api_key(NULL, 'gateway'), 'key of the team', 'and so does the team''s');
+SELECT is_empty('SELECT to_jsonb(k) - ''api_key_encrypted'' FROM api_keys k EXCEPT SELECT to_jsonb(b) - ''api_key_encrypted'' FROM before b', 'nothing else has changed');
+DELETE FROM api_keys;
+
 -- ── After a breach: what the runbook runs, for the vault of this extension ──
 
 SELECT insert_user_api_key(:a, 'openai', 'key'), insert_user_api_key(NULL, 'openai', 'key'), upsert_user_gateway_config(NULL, 'https://team.example');
