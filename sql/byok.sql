@@ -1,5 +1,13 @@
 -- Users' own API keys ("bring your own key"), gateways, and which of them serves a model.
 
+CREATE FUNCTION _nexus_hub.api_key_context(user_id uuid, service text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT 'api_key:' || coalesce(user_id::text, 'team') || ':' || service;
+END;
+COMMENT ON FUNCTION _nexus_hub.api_key_context(uuid, text) IS 'The context that an API key is encrypted with, so that it opens in its own row alone.';
+
 CREATE FUNCTION _nexus_hub.gateway_base_url(base_url text) RETURNS text
 LANGUAGE c IMMUTABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'gateway_base_url_wrapper';
@@ -147,7 +155,7 @@ BEGIN ATOMIC
     WITH sealed AS MATERIALIZED (
         SELECT _nexus_hub.api_service(p_service) AS service,
                @extschema@.encrypt_token(
-                   p_api_key, 'api_key:' || coalesce(p_user_id::text, 'team') || ':' || _nexus_hub.api_service(p_service)) AS api_key),
+                   p_api_key, _nexus_hub.api_key_context(p_user_id, _nexus_hub.api_service(p_service))) AS api_key),
     users AS (
         INSERT INTO @extschema@.api_keys AS k (user_id, service, api_key_encrypted)
         SELECT p_user_id, s.service, s.api_key FROM sealed s WHERE p_user_id IS NOT NULL
@@ -171,7 +179,7 @@ SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT _nexus_hub.require_service_role(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role());
     SELECT _nexus_hub.api_service(p_service);
-    SELECT @extschema@.decrypt_token(k.api_key_encrypted, 'api_key:' || coalesce(k.user_id::text, 'team') || ':' || k.service)
+    SELECT @extschema@.decrypt_token(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service))
       FROM @extschema@.api_keys k
      WHERE k.service = _nexus_hub.api_service(p_service)
        AND (k.user_id = p_user_id OR (k.user_id IS NULL AND p_user_id IS NULL));

@@ -76,6 +76,7 @@ BEGIN
             @extschema@.rotate_vault_key(),
             _nexus_hub.rotate_values(),
             _nexus_hub.vault_key_state(),
+            _nexus_hub.api_key_context(uuid, text),
             _nexus_hub.api_service(text),
             _nexus_hub.api_key(text),
             _nexus_hub.model_provider(text),

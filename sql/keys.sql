@@ -4,10 +4,14 @@ CREATE FUNCTION _nexus_hub.values_by_vault_key() RETURNS TABLE (fingerprint text
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT _nexus_hub.vault_key_of(s.config_encrypted, NULL), count(*)
-      FROM @extschema@.user_servers s
-     WHERE s.config_encrypted IS NOT NULL
-     GROUP BY 1;
+    SELECT v.fingerprint, count(*)
+      FROM (SELECT _nexus_hub.vault_key_of(s.config_encrypted, NULL)
+              FROM @extschema@.user_servers s
+             WHERE s.config_encrypted IS NOT NULL
+             UNION ALL
+            SELECT _nexus_hub.vault_key_of(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service))
+              FROM @extschema@.api_keys k) AS v (fingerprint)
+     GROUP BY v.fingerprint;
 END;
 COMMENT ON FUNCTION _nexus_hub.values_by_vault_key() IS
     'How many values of the vault''s tables are under each key; NULL: those that no key of the server opens. Tries them all: a second for a million or so.';

@@ -39,8 +39,7 @@ BEGIN
      WHERE s.config_encrypted IS NOT NULL;
     servers := _nexus_hub.resealed();
     UPDATE @extschema@.api_keys k
-       SET api_key_encrypted = _nexus_hub.reseal(
-               k.api_key_encrypted, 'api_key:' || coalesce(k.user_id::text, 'team') || ':' || k.service, 'API key', k.id);
+       SET api_key_encrypted = _nexus_hub.reseal(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service), 'API key', k.id);
     RETURN QUERY SELECT servers, _nexus_hub.end_key_rotation();
 END
 $$;

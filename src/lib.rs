@@ -22,10 +22,10 @@ pgrx::pg_module_magic!();
 extension_sql_file!("../sql/bootstrap.sql", name = "bootstrap", bootstrap);
 extension_sql_file!("../sql/vault.sql", name = "vault", requires = ["bootstrap"]);
 extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]);
-extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["servers"]);
-extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["servers"]);
 extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
 extension_sql_file!("../sql/byok.sql", name = "byok", requires = ["jobs"]);
+extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["byok"]);
+extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["byok"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

@@ -200,8 +200,9 @@ SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p'
 -- A restored database knows nothing yet of the hosts it cannot reach.
 SELECT set_eq(
     $$SELECT t.nspname, t.relname FROM pg_extension e JOIN extension_table t ON t.oid = ANY (e.extconfig) WHERE e.extname = 'nexus_hub'$$,
-    $$SELECT nspname, relname FROM extension_table WHERE relkind = 'r' AND nspname <> '_nexus_hub' AND relname <> 'circuit_breakers'$$,
-    'the rows of every public table are dumped, except those of circuit_breakers');
+    $$SELECT nspname, relname FROM extension_table WHERE relkind = 'r' AND nspname <> '_nexus_hub' AND relname <> 'circuit_breakers'
+      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys')$$,
+    'the rows of every public table are dumped, except those of circuit_breakers, and which keys they are under');
 SELECT is_empty($$SELECT condition FROM pg_extension e, unnest(e.extcondition) AS condition WHERE e.extname = 'nexus_hub' AND condition <> ''$$,
     'and all of them');
 SELECT is_empty(
