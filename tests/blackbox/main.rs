@@ -9,6 +9,7 @@ mod install;
 mod job_errors;
 mod jobs;
 mod lanes;
+mod leaks;
 mod mcp;
 mod retries;
 mod rotation;

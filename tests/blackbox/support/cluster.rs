@@ -248,6 +248,18 @@ impl Cluster {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// The files of the data directory and the log that hold a text.
+    pub fn files_with(&self, text: &str) -> Vec<String> {
+        let output = as_server_user(Path::new("grep"))
+            .args(["-rlaF", "--", text])
+            .args([self.dir.join("data"), self.dir.join("log")])
+            .current_dir("/tmp")
+            .output()
+            .expect("grep");
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
+    }
+
     /// A connection as the superuser.
     pub fn connect(&self, database: &str) -> Client {
         self.try_connect(database).unwrap_or_else(|error| panic!("connect to {database}: {error}"))
@@ -304,6 +316,11 @@ pub struct Database<'a> {
 impl Database<'_> {
     pub fn connect(&self) -> Client {
         self.cluster.connect(&self.name)
+    }
+
+    /// The database's dump, as SQL.
+    pub fn dump(&self) -> String {
+        run(Command::new(self.cluster.bin.join("pg_dump")).arg(&self.name).envs(self.cluster.environment()))
     }
 
     /// Dumps the database and restores it into an empty one, of this cluster or another.
