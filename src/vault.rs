@@ -9,6 +9,7 @@ pub use custody::stranger;
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::json::is_storable;
 use crate::pg::error::{ErrorReport, Kind, error};
+use crate::pg::plaintext::Plaintext;
 use crate::pg::random;
 use pgrx::prelude::*;
 use zeroize::Zeroizing;
@@ -21,20 +22,20 @@ fn encrypt_token(token: Option<&str>, context: Option<&str>) -> Result<Option<Ve
 
 /// Decrypts a text; see the function's COMMENT.
 #[pg_extern(sql = false)]
-fn decrypt_token(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<String>, ErrorReport> {
-    encrypted.map(|encrypted| open(encrypted, context).map(|text| text.to_string())).transpose()
+fn decrypt_token(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<Plaintext>, ErrorReport> {
+    encrypted.map(|encrypted| open(encrypted, context).map(Plaintext)).transpose()
 }
 
 /// Decrypts a text that must be JSON; see the function's COMMENT.
 #[pg_extern(sql = false)]
-fn decrypt_json(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<String>, ErrorReport> {
+fn decrypt_json(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<Plaintext>, ErrorReport> {
     let Some(encrypted) = encrypted else { return Ok(None) };
     let text = open(encrypted, context)?;
     if !is_storable(&text) {
         return Err(error(Kind::BadArgument, "the decrypted value is not JSON")
             .set_hint("decrypt_token opens values that are plain text."));
     }
-    Ok(Some(text.to_string()))
+    Ok(Some(Plaintext(text)))
 }
 
 /// Why the configured keys can't be used, if so: for the log, at a reload. That none is configured is no problem.
@@ -63,13 +64,15 @@ pub fn open(encrypted: &[u8], context: Option<&str>) -> Result<Zeroizing<String>
         )));
     }
     // One constant message, whatever the reason: telling a wrong key from a changed ciphertext would help an attacker.
-    let bytes = keys::ring()?.open(encrypted, context.unwrap_or_default().as_bytes()).ok_or_else(|| {
+    let mut bytes = keys::ring()?.open(encrypted, context.unwrap_or_default().as_bytes()).ok_or_else(|| {
         error(Kind::Undecipherable, "the value cannot be decrypted")
             .set_detail("No vault key opens it with this context: it was encrypted under another key or context, or was changed.")
             .set_hint("Check that every key still in use is in the vault key file, and that the context is the one given to encrypt.")
     })?;
-    match std::str::from_utf8(&bytes) {
-        Ok(text) if !text.contains('\0') => Ok(Zeroizing::new(text.to_owned())),
+    // The same memory, not a copy that would have to be wiped, too.
+    let text = String::from_utf8(std::mem::take(&mut *bytes)).map_err(|problem| Zeroizing::new(problem.into_bytes()));
+    match text.map(Zeroizing::new) {
+        Ok(text) if !text.contains('\0') => Ok(text),
         _ => Err(error(Kind::BadArgument, "the decrypted value is not text")),
     }
 }

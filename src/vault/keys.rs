@@ -33,7 +33,7 @@ const FORMAT: &str =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Loaded {
     configuration: i64,
-    /// Of the server. Ahead of this process's, which has not been at its main loop since; only the command's keys go by it.
+    /// Of the server, which may be ahead of this process: it loads the configuration between statements.
     load: Option<u64>,
 }
 
@@ -44,8 +44,7 @@ thread_local! {
 }
 
 fn loaded() -> Loaded {
-    let load = guc::vault_key_command().and_then(|_| shared::loads());
-    Loaded { configuration: guc::configuration_loaded_at(), load }
+    Loaded { configuration: guc::configuration_loaded_at(), load: shared::loads() }
 }
 
 /// The keys as of the last configuration load. A failure is not remembered, but the command's.
