@@ -23,7 +23,8 @@ SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT coalesce(r.fingerprint, k.fingerprint, v.fingerprint), coalesce(r.place = 1, false), r.source, k.first_seen, coalesce(v.value_count, 0)
       FROM _nexus_hub.vault_key_ring() r
-      FULL JOIN _nexus_hub.known_vault_keys k ON k.fingerprint = r.fingerprint
+      FULL JOIN (SELECT n.fingerprint, min(n.first_seen) AS first_seen FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k
+             ON k.fingerprint = r.fingerprint
       FULL JOIN _nexus_hub.values_by_vault_key() v ON v.fingerprint = r.fingerprint
      ORDER BY r.place, k.first_seen;
 END;

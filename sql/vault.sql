@@ -36,14 +36,15 @@ COMMENT ON FUNCTION @extschema@.decrypt_config(bytea, text) IS
 
 -- ── Which keys the database's values are under ──
 
+-- No unique index: of two transactions that note the same key neither must wait for the other.
 CREATE TABLE _nexus_hub.known_vault_keys (
-    fingerprint text PRIMARY KEY
+    fingerprint text NOT NULL
         CONSTRAINT known_vault_keys_fingerprint_form CHECK (fingerprint ~ '^[0-9a-f]{16}$'),
     first_seen timestamptz NOT NULL DEFAULT now()
 );
 COMMENT ON TABLE _nexus_hub.known_vault_keys IS
     'The keys that this database has encrypted under, by their fingerprints. It goes with the database''s dump, so that a server with another key knows better than to encrypt.';
-COMMENT ON COLUMN _nexus_hub.known_vault_keys.fingerprint IS 'The key''s fingerprint: the first 8 bytes, in hex, of a GMAC of a constant text under it. It tells nothing of the key.';
+COMMENT ON COLUMN _nexus_hub.known_vault_keys.fingerprint IS 'The key''s fingerprint, perhaps in several rows: the first 8 bytes, in hex, of a GMAC of a constant text under it. It tells nothing of the key.';
 COMMENT ON COLUMN _nexus_hub.known_vault_keys.first_seen IS 'When the key was used here first.';
 SELECT pg_catalog.pg_extension_config_dump('_nexus_hub.known_vault_keys', '');
 
@@ -51,7 +52,9 @@ CREATE FUNCTION _nexus_hub.make_vault_key_known(p_fingerprint text) RETURNS void
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    INSERT INTO _nexus_hub.known_vault_keys (fingerprint) VALUES (p_fingerprint) ON CONFLICT DO NOTHING;
+    INSERT INTO _nexus_hub.known_vault_keys (fingerprint)
+    SELECT p_fingerprint
+     WHERE NOT EXISTS (SELECT FROM _nexus_hub.known_vault_keys k WHERE k.fingerprint = p_fingerprint);
 END;
 COMMENT ON FUNCTION _nexus_hub.make_vault_key_known(text) IS 'Notes a key that may encrypt in this database.';
 
@@ -60,7 +63,7 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    known := ARRAY(SELECT k.fingerprint FROM _nexus_hub.known_vault_keys k ORDER BY k.first_seen, k.fingerprint);
+    known := ARRAY(SELECT k.fingerprint FROM _nexus_hub.known_vault_keys k GROUP BY k.fingerprint ORDER BY min(k.first_seen), k.fingerprint);
     is_known := p_fingerprints[1] = ANY (known);
     IF p_may_write AND NOT is_known AND (known = '{}' OR known && p_fingerprints) THEN
         PERFORM _nexus_hub.make_vault_key_known(p_fingerprints[1]);

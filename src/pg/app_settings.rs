@@ -12,7 +12,7 @@ static VAULT_NEW_KEY: GucSetting<Option<CString>> = GucSetting::<Option<CString>
 
 /// Announces the settings to PostgreSQL. Called once, from `_PG_init`.
 pub fn register() {
-    let flags = GucFlags::NO_SHOW_ALL | GucFlags::NO_RESET_ALL | GucFlags::SUPERUSER_ONLY;
+    let flags = GucFlags::NO_SHOW_ALL | GucFlags::SUPERUSER_ONLY;
     let settings: [(_, _, _, pg_sys::GucShowHook); 3] = [
         (c"app.vault_key", c"The vault's key, where no other source names one.", &VAULT_KEY, Some(show_vault_key)),
         (

@@ -1,5 +1,6 @@
 //! What a background worker needs of PostgreSQL: start, signals, waiting, the end.
 
+use super::xact;
 use pgrx::bgworkers::{BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerStartTime, DynamicBackgroundWorker};
 use pgrx::prelude::*;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -56,6 +57,8 @@ unsafe extern "C-unwind" {
 
 /// Somebody has told the process to end.
 static STOP: AtomicBool = AtomicBool::new(false);
+/// This process is one of the extension's, and has that handler.
+static IS_WORKER: AtomicBool = AtomicBool::new(false);
 /// A transaction is being committed.
 static COMMITTING: AtomicBool = AtomicBool::new(false);
 
@@ -66,8 +69,8 @@ unsafe extern "C-unwind" fn request_stop(_signal: std::ffi::c_int) {
     // SAFETY: atomics, flags meant for signal handlers, and a call that may be made in one; errno is kept.
     unsafe {
         let error = *libc::__errno_location();
-        STOP.store(true, SeqCst);
-        if COMMITTING.load(SeqCst) {
+        // Told twice, it ends at once.
+        if STOP.swap(true, SeqCst) || COMMITTING.load(SeqCst) {
             tell_postgresql();
         }
         SetLatch(pg_sys::MyLatch);
@@ -84,16 +87,16 @@ unsafe fn tell_postgresql() {
     }
 }
 
-/// Commits what [`super::transaction`] has begun.
-pub fn commit() {
+/// Called when nothing of a transaction is left to be run but its commit, in whichever process.
+pub fn begin_of_commit() {
+    if !IS_WORKER.load(SeqCst) {
+        return;
+    }
     COMMITTING.store(true, SeqCst);
     if STOP.load(SeqCst) {
         // SAFETY: see there.
         unsafe { tell_postgresql() };
     }
-    // SAFETY: the caller's transaction; an error in it comes out as one.
-    unsafe { pg_sys::CommitTransactionCommand() };
-    end_of_commit();
 }
 
 /// Makes PostgreSQL forget what it was told for a commit: the process ends when its main loop gets to it.
@@ -107,6 +110,8 @@ pub fn end_of_commit() {
 
 /// Takes the signals over and connects to a database; without one, only the shared catalogues can be read.
 pub fn start(database: Option<pg_sys::Oid>) {
+    IS_WORKER.store(true, SeqCst);
+    xact::register();
     // SAFETY: first thing in a background worker's main function, with signals still blocked. PostgreSQL's own
     // handler of SIGHUP is used.
     unsafe {

@@ -27,8 +27,35 @@ pub fn may_write() -> bool {
     unsafe { !pg_sys::XactReadOnly && !pg_sys::RecoveryInProgress() && !pg_sys::IsInParallelMode() }
 }
 
+/// A (sub)transaction that may still be rolled back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Undecided {
+    transaction: u32,
+    subtransaction: u32,
+}
+
+impl Undecided {
+    /// The running one.
+    pub fn here() -> Self {
+        // SAFETY: looks at the state of the running transaction.
+        Self { transaction: transaction(), subtransaction: unsafe { pg_sys::GetCurrentSubTransactionId() } }
+    }
+
+    /// Whether it is still running.
+    pub fn is_running(self) -> bool {
+        // SAFETY: a look at the state of the running transaction.
+        self.transaction == transaction() && unsafe { pg_sys::SubTransactionIsActive(self.subtransaction) }
+    }
+}
+
+/// Whether the running transaction has written anything: what it sees may then be its own, and be rolled back.
+pub fn has_written() -> bool {
+    // SAFETY: a look at the state of the running transaction.
+    unsafe { pg_sys::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId }
+}
+
 /// A number that the running transaction has, and no other of this session.
-pub fn transaction() -> u32 {
+fn transaction() -> u32 {
     // SAFETY: this process's own entry, which only it changes.
     unsafe {
         #[cfg(not(any(feature = "pg17", feature = "pg18")))]

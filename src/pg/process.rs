@@ -50,7 +50,7 @@ pub fn output(command: &std::ffi::OsStr, limit: Duration, max_bytes: usize) -> R
         .spawn()
         .map_err(|problem| Failure::NotStarted(problem.to_string()))?;
     let read = read(&mut child, Instant::now() + limit, limit, max_bytes);
-    if read.is_err() {
+    if read.is_err() && !matches!(child.try_wait(), Ok(Some(_))) {
         // SAFETY: a signal to the group of a child that has not been waited for, so that its number is still its own.
         unsafe { libc::kill(-(child.id() as libc::pid_t), libc::SIGKILL) };
         let _ = child.wait();

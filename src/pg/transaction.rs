@@ -68,7 +68,7 @@ pub fn run_with<R>(
         match work() {
             Ok(result) => {
                 pg_sys::PopActiveSnapshot();
-                bgworker::commit();
+                pg_sys::CommitTransactionCommand();
                 Ok(result)
             }
             Err(message) => {

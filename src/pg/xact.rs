@@ -1,6 +1,6 @@
-//! Waking the worker when a transaction commits: once per transaction, without polling or NOTIFY.
+//! What is done when a transaction ends: the worker is woken at its commit, once, without polling or NOTIFY.
 
-use super::shmem;
+use super::{bgworker, shmem};
 use pgrx::prelude::*;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
@@ -45,7 +45,8 @@ fn at_commit(action: u8) {
     AT_COMMIT.fetch_or(action, Relaxed);
 }
 
-fn register() {
+/// Has the callback called from now on.
+pub fn register() {
     if !REGISTERED.swap(true, Relaxed) {
         // SAFETY: registers a callback of this library, which stays loaded, once per process.
         unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
@@ -75,6 +76,8 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
             AT_COMMIT.store(NOTHING, Relaxed);
         }
+        // After deferred triggers, which may be interrupted.
+        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => return bgworker::begin_of_commit(),
         _ => return,
     }
     if let Some(forget) = AT_END.take() {

@@ -5,22 +5,22 @@ use super::keys;
 use crate::domain::envelope::Fingerprint;
 use crate::domain::keyring::KeyRing;
 use crate::pg::error::{ErrorReport, Kind, error};
-use crate::pg::identity;
+use crate::pg::identity::{self, Undecided};
 use pgrx::prelude::*;
 use pgrx::spi::SpiError;
 use std::cell::Cell;
 
 thread_local! {
-    /// The first key that was found to be known, and the transaction for which that holds; `None`: for good.
-    static ADMITTED: Cell<Option<(Fingerprint, Option<u32>)>> = const { Cell::new(None) };
+    /// The first key that was found to be known, and as long as what that holds; `None`: for good.
+    static ADMITTED: Cell<Option<(Fingerprint, Option<Undecided>)>> = const { Cell::new(None) };
 }
 
 /// Raises an error when the first key of the ring must not encrypt in this database.
 pub fn admit(ring: &KeyRing) -> Result<(), ErrorReport> {
     let Some(first) = ring.fingerprints().first() else { return Ok(()) };
-    if let Some((admitted, transaction)) = ADMITTED.get()
+    if let Some((admitted, undecided)) = ADMITTED.get()
         && admitted == *first
-        && transaction.is_none_or(|transaction| transaction == identity::transaction())
+        && undecided.is_none_or(Undecided::is_running)
     {
         return Ok(());
     }
@@ -31,8 +31,9 @@ pub fn admit(ring: &KeyRing) -> Result<(), ErrorReport> {
             .set_detail(format!("The key is {first}; the database's values are under {}.", known.join(", ")))
             .set_hint("Configure the database's key, below the new one where there is a new one. To begin with another key all the same, call adopt_vault_key()."));
     }
-    // A row of this very transaction may be rolled back.
-    ADMITTED.set(Some((*first, (!is_known).then(identity::transaction))));
+    // What this very transaction has noted may be rolled back, and where it may not note anything the next one has to.
+    let is_for_good = is_known && !identity::has_written();
+    ADMITTED.set(Some((*first, (!is_for_good).then(Undecided::here))));
     Ok(())
 }
 

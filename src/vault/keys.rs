@@ -10,6 +10,7 @@ use crate::pg::{app_settings, bgworker, guc};
 use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -90,6 +91,7 @@ fn load(now: Loaded) -> Result<(Zeroizing<Vec<RawKey>>, bool), ErrorReport> {
     if let Some(command) = guc::vault_key_command() {
         return from_command(&command, now).map(|keys| (keys, true));
     }
+    shared::wipe();
     if let Some(path) = guc::vault_key_file() {
         let text = read(&path)?;
         let keys = keyring::parse(&text).map_err(|problem| {
@@ -138,27 +140,34 @@ fn from_command(command: &OsStr, now: Loaded) -> Result<Zeroizing<Vec<RawKey>>, 
         }
         return keys.map_err(|problem| failed(problem.as_ref()));
     };
+    // A session in the middle of a statement has the command of before: what that prints is not for the others.
+    let mut hasher = DefaultHasher::new();
+    (load, command).hash(&mut hasher);
+    let wanted = hasher.finish();
     loop {
-        if let Some(keys) = shared::stored(load) {
+        if let Some(keys) = shared::stored(wanted) {
             return Ok(Zeroizing::new(keys.as_chunks().0.to_vec()));
         }
         let pause = i64::try_from(COMMAND_PAUSE.as_micros()).unwrap_or(i64::MAX);
-        if shared::failed_ago(load).is_some_and(|time| (0..pause).contains(&time)) {
+        if shared::failed_ago(wanted).is_some_and(|time| (0..pause).contains(&time)) {
             return Err(failed_before());
         }
         let Some(loading) = shared::begin() else {
+            if bgworker::stop_requested() {
+                return Err(failed(None));
+            }
             bgworker::handle_interrupts();
             std::thread::sleep(LOOK);
             continue;
         };
         // Somebody may have been quicker.
-        if shared::stored(load).is_some() {
+        if shared::stored(wanted).is_some() {
             continue;
         }
         let keys = run(command);
         match &keys {
-            Ok(keys) => loading.store(load, keys.as_flattened()),
-            Err(Some(_)) => loading.fail(load),
+            Ok(keys) => loading.store(wanted, keys.as_flattened()),
+            Err(Some(_)) => loading.fail(wanted),
             Err(None) => {}
         }
         // First, because what follows may be the end of the session.

@@ -4,7 +4,7 @@ use super::{custody, keys};
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::keyring::{self, KeyRing, RawKey, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
-use crate::pg::{app_settings, random, xact};
+use crate::pg::{app_settings, random, snapshot, xact};
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -32,6 +32,11 @@ fn forget() {
 /// Takes the keys of a rotation up, for the rest of the transaction.
 #[pg_extern(sql = false)]
 fn begin_key_rotation() -> Result<(), ErrorReport> {
+    if snapshot::is_frozen() {
+        return Err(error(Kind::NotReady, "a rotation needs the isolation level READ COMMITTED")
+            .set_detail("This transaction does not see what others have committed since it began, and would leave it under the old key.")
+            .set_hint("Call rotate_vault_key() in a transaction of its own."));
+    }
     let ring = match (app_settings::vault_old_key(), app_settings::vault_new_key()) {
         (Some(old), Some(new)) => {
             let (old, new) = (key("app.vault_old_key", &old)?, key("app.vault_new_key", &new)?);

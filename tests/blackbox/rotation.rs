@@ -112,6 +112,9 @@ fn a_rotation_that_is_killed_or_rolled_back_has_changed_nothing() {
     client.batch_execute("BEGIN").expect("BEGIN");
     assert_eq!(rotate(&mut client), (ROWS - CORRUPT, CORRUPT));
     client.batch_execute("ROLLBACK").expect("ROLLBACK");
+    client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ").expect("BEGIN");
+    let (code, _) = error_of(&mut client, "SELECT rotate_vault_key()");
+    assert_eq!(code, "55000", "a snapshot of before would miss rows");
     drop(client);
 
     let mut rotating = database.connect();
@@ -127,6 +130,8 @@ fn a_rotation_that_is_killed_or_rolled_back_has_changed_nothing() {
         cluster.signal("KILL", pid);
     });
 
+    // Until then it could still take a connection, and end it.
+    wait_until("the server notices", || cluster.log().contains("reinitializing"));
     let mut client = cluster.reconnect(&database.name);
     use_keys(&cluster, &mut client, &[KEY]);
     assert_eq!(openable(&mut client), ROWS - CORRUPT, "everything is under the old key");

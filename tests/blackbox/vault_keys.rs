@@ -70,6 +70,31 @@ fn the_command_goes_before_the_file_and_runs_once_a_load_for_all_sessions() {
 }
 
 #[test]
+fn a_session_in_the_middle_of_a_statement_does_not_give_the_old_commands_keys_to_others() {
+    let cluster = Cluster::create(&["nexus_hub.vault_key_command = 'cat ../old.key'"]);
+    cluster.write_file("old.key", KEY, "0600");
+    cluster.write_file("new.key", &format!("{OTHER_KEY}\n{KEY}"), "0600");
+    cluster.start_up();
+    let database = cluster.database();
+    let (mut long, mut client) = (database.connect(), database.connect());
+    assert!(encrypts_under(&mut client, KEY));
+    std::thread::scope(|scope| {
+        client.batch_execute("SELECT pg_advisory_lock(1)").expect("a lock");
+        let statement = scope.spawn(move || {
+            long.batch_execute("DO $$ BEGIN PERFORM encrypt_token('a'); PERFORM pg_advisory_xact_lock(1); PERFORM encrypt_token('b'); END $$")
+        });
+        wait_until("it is in the middle", || {
+            value(&mut client, "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)")
+        });
+        cluster.configure(&["nexus_hub.vault_key_command = 'cat ../new.key'"]);
+        reload(&mut client);
+        client.batch_execute("SELECT pg_advisory_unlock(1)").expect("unlock");
+        statement.join().expect("no panic").expect("its statement goes on");
+    });
+    wait_until("the others have the new command's", || encrypts_under(&mut client, OTHER_KEY));
+}
+
+#[test]
 fn a_command_that_fails_is_told_by_its_reason_and_leaves_no_process() {
     let cluster = Cluster::start(&[NO_FILE]);
     let database = cluster.database();
@@ -350,6 +375,9 @@ fn a_key_that_the_database_does_not_know_encrypts_nothing_until_it_is_adopted() 
     cluster.write_key_file(&third);
     reload(&mut client);
     wait_for_detail(&mut client, "the database's values are under");
+    client.batch_execute("BEGIN; SELECT adopt_vault_key(), encrypt_token('x'); ROLLBACK").expect("a transaction");
+    let (code, _) = error_of(&mut client, "SELECT encrypt_token('x')");
+    assert_eq!(code, "F0000", "what was rolled back counts for nothing");
     let adopted: String = value(&mut client, "SELECT adopt_vault_key()");
     assert!(encrypts_under(&mut client, &third));
     let (primary, keys): (String, i64) = {
@@ -371,8 +399,14 @@ fn a_first_use_that_is_rolled_back_leaves_no_key_behind() {
     // Read-only transactions and parallel workers encrypt, and leave the noting to others.
     client.batch_execute("BEGIN READ ONLY; SELECT encrypt_token('x'); COMMIT").expect("read only");
     assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), false, 0)]);
-    assert!(encrypts_under(&mut client, KEY));
+    // What encrypts after a savepoint was rolled back has the key noted anew.
+    client
+        .batch_execute(
+            "BEGIN; SAVEPOINT s; SELECT encrypt_token('x'); ROLLBACK TO s; SELECT encrypt_token('x'), encrypt_token('y'); COMMIT",
+        )
+        .expect("a savepoint");
     assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), true, 0)]);
+    assert!(encrypts_under(&mut client, KEY));
 }
 
 #[test]

@@ -20,12 +20,12 @@ pub(super) struct Keys {
     loads: AtomicU64,
     /// The process that runs the command; 0: none.
     loader: AtomicI32,
-    /// When the command failed last, in microseconds of PostgreSQL's, and for which load.
+    /// When the command failed last, in microseconds of PostgreSQL's, and what it was to print.
     failed_at: AtomicI64,
     failed_for: AtomicU64,
     /// Odd while the rest is being written (a sequence lock).
     version: AtomicU64,
-    /// The load that the keys are of, counted from 1; 0: there are none.
+    /// What the keys are: a hash of the command and the load; 0: there are none.
     loaded_for: AtomicU64,
     length: AtomicU64,
     words: [AtomicU64; MAX_BYTES / 8],
@@ -36,17 +36,26 @@ pub fn loads() -> Option<u64> {
     shared().map(|shared| shared.keys.loads.load(SeqCst) + 1)
 }
 
-/// Called when the configuration is being loaded: what was stored is of no use any more. In other processes than the
+/// Called when the configuration is being loaded: nobody asks for what was stored any more. In other processes than the
 /// postmaster it does nothing.
 pub fn note_load() {
     // SAFETY: plain globals of this process.
     let is_postmaster = unsafe { pg_sys::IsPostmasterEnvironment && !pg_sys::IsUnderPostmaster };
     if let Some(shared) = shared().filter(|_| is_postmaster) {
         shared.keys.loads.fetch_add(1, SeqCst);
-        write(&shared.keys, 0, &[]);
     }
 }
 
+/// Wipes what is stored, where there is no command any more.
+pub fn wipe() {
+    if shared().is_some_and(|shared| shared.keys.loaded_for.load(SeqCst) != 0)
+        && let Some(loading) = begin()
+    {
+        write(loading.0, 0, &[]);
+    }
+}
+
+/// Only by the one process that has the right to.
 fn write(keys: &Keys, loaded_for: u64, bytes: &[u8]) {
     keys.version.fetch_add(1, SeqCst);
     fence(SeqCst);
@@ -61,8 +70,8 @@ fn write(keys: &Keys, loaded_for: u64, bytes: &[u8]) {
     keys.version.fetch_add(1, SeqCst);
 }
 
-/// The keys of that load, if they are there.
-pub fn stored(load: u64) -> Option<Zeroizing<Vec<u8>>> {
+/// The keys that are wanted, if they are there.
+pub fn stored(wanted: u64) -> Option<Zeroizing<Vec<u8>>> {
     let keys = &shared()?.keys;
     // A few tries: the next load could begin meanwhile.
     for _ in 0..8 {
@@ -73,19 +82,19 @@ pub fn stored(load: u64) -> Option<Zeroizing<Vec<u8>>> {
         fence(SeqCst);
         if version % 2 == 0 && keys.version.load(SeqCst) == version {
             bytes.truncate(usize::try_from(length).ok()?);
-            return (loaded_for == load).then_some(bytes);
+            return (loaded_for == wanted).then_some(bytes);
         }
         std::hint::spin_loop();
     }
     None
 }
 
-/// How many microseconds ago the command failed, if it did, for that load.
-pub fn failed_ago(load: u64) -> Option<i64> {
+/// How many microseconds ago the command failed, if it did, to print what is wanted.
+pub fn failed_ago(wanted: u64) -> Option<i64> {
     let keys = &shared()?.keys;
     // SAFETY: a look at the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
-    (keys.failed_for.load(SeqCst) == load).then(|| now - keys.failed_at.load(SeqCst))
+    (keys.failed_for.load(SeqCst) == wanted).then(|| now - keys.failed_at.load(SeqCst))
 }
 
 /// The right to run the command, which one process has at a time.
@@ -108,22 +117,18 @@ pub fn begin() -> Option<Loading> {
 }
 
 impl Loading {
-    /// Stores the keys of that load.
-    pub fn store(&self, load: u64, bytes: &[u8]) {
+    /// Stores the keys that were wanted.
+    pub fn store(&self, wanted: u64, bytes: &[u8]) {
         if bytes.len() <= MAX_BYTES {
-            write(self.0, load, bytes);
-        }
-        if loads() != Some(load) {
-            // Loaded anew meanwhile.
-            write(self.0, 0, &[]);
+            write(self.0, wanted, bytes);
         }
     }
 
     /// Notes that the command has failed.
-    pub fn fail(&self, load: u64) {
+    pub fn fail(&self, wanted: u64) {
         // SAFETY: a look at the clock.
         self.0.failed_at.store(unsafe { pg_sys::GetCurrentTimestamp() }, SeqCst);
-        self.0.failed_for.store(load, SeqCst);
+        self.0.failed_for.store(wanted, SeqCst);
     }
 }
 
