@@ -192,22 +192,21 @@ pub struct Waiter(*mut pg_sys::WaitEventSet);
 impl Waiter {
     /// The descriptor must stay open as long as this is used.
     pub fn new(descriptor: BorrowedFd<'_>) -> Self {
-        let none = std::ptr::null_mut;
         // SAFETY: the set is kept for the life of the process, in memory that lives as long; the latch is the
         // process's own.
         unsafe {
             #[cfg(any(feature = "pg14", feature = "pg15", feature = "pg16"))]
             let set = pg_sys::CreateWaitEventSet(pg_sys::TopMemoryContext, 3);
             #[cfg(not(any(feature = "pg14", feature = "pg15", feature = "pg16")))]
-            let set = pg_sys::CreateWaitEventSet(none().cast(), 3);
-            pg_sys::AddWaitEventToSet(set, pg_sys::WL_LATCH_SET, -1, pg_sys::MyLatch, none());
-            pg_sys::AddWaitEventToSet(set, pg_sys::WL_EXIT_ON_PM_DEATH, -1, std::ptr::null_mut(), none());
+            let set = pg_sys::CreateWaitEventSet(std::ptr::null_mut(), 3);
+            pg_sys::AddWaitEventToSet(set, pg_sys::WL_LATCH_SET, -1, pg_sys::MyLatch, std::ptr::null_mut());
+            pg_sys::AddWaitEventToSet(set, pg_sys::WL_EXIT_ON_PM_DEATH, -1, std::ptr::null_mut(), std::ptr::null_mut());
             pg_sys::AddWaitEventToSet(
                 set,
                 pg_sys::WL_SOCKET_READABLE,
                 descriptor.as_raw_fd(),
                 std::ptr::null_mut(),
-                none(),
+                std::ptr::null_mut(),
             );
             Self(set)
         }
