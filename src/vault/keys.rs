@@ -8,12 +8,12 @@ use crate::pg::process::{self, Failure};
 use crate::pg::shmem::keys as shared;
 use crate::pg::{app_settings, bgworker, guc};
 use std::cell::{Cell, RefCell};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
@@ -68,61 +68,73 @@ pub fn ring() -> Result<Rc<KeyRing>, ErrorReport> {
     Ok(ring)
 }
 
+/// What keys come from.
+enum Source {
+    Command(OsString),
+    File(PathBuf),
+    Environment(OsString),
+    Setting(Zeroizing<String>),
+}
+
+impl Source {
+    /// The first one that is set.
+    fn first() -> Option<Self> {
+        guc::vault_key_command()
+            .map(Self::Command)
+            .or_else(|| guc::vault_key_file().map(Self::File))
+            .or_else(|| std::env::var_os(ENVIRONMENT_VARIABLE).map(Self::Environment))
+            .or_else(|| app_settings::vault_key().map(Self::Setting))
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Command(_) => "nexus_hub.vault_key_command",
+            Self::File(_) => "nexus_hub.vault_key_file",
+            Self::Environment(_) => ENVIRONMENT_VARIABLE,
+            Self::Setting(_) => "app.vault_key",
+        }
+    }
+}
+
 /// Whether there is anything that should hold keys.
 pub fn configured() -> bool {
     source().is_some()
 }
 
-/// What the keys come from.
+/// The name of what the keys come from.
 pub fn source() -> Option<&'static str> {
-    if guc::vault_key_command().is_some() {
-        Some("nexus_hub.vault_key_command")
-    } else if guc::vault_key_file().is_some() {
-        Some("nexus_hub.vault_key_file")
-    } else if std::env::var_os(ENVIRONMENT_VARIABLE).is_some() {
-        Some(ENVIRONMENT_VARIABLE)
-    } else {
-        app_settings::vault_key().map(|_| "app.vault_key")
-    }
+    Source::first().map(|source| source.name())
 }
 
 /// The keys, and whether they are good until the configuration is loaded again.
 fn load(now: Loaded) -> Result<(Zeroizing<Vec<RawKey>>, bool), ErrorReport> {
-    if let Some(command) = guc::vault_key_command() {
-        return from_command(&command, now).map(|keys| (keys, true));
-    }
+    let source = Source::first().ok_or_else(|| {
+        error(Kind::KeyNotConfigured, "no vault key is configured").set_hint(
+            "Put the output of `openssl rand -hex 32` into a file of mode 0600 owned by the server's user, name it in \
+             nexus_hub.vault_key_file and reload; or have nexus_hub.vault_key_command print it.",
+        )
+    })?;
+    // A SET changes a setting at any time.
+    let can_be_kept = !matches!(source, Source::Setting(_));
+    let (text, fault, place) = match source {
+        Source::Command(command) => return from_command(&command, now).map(|keys| (keys, can_be_kept)),
+        Source::File(path) => {
+            (read(&path)?, "the vault key file cannot be used", "The file named by nexus_hub.vault_key_file: ")
+        }
+        Source::Environment(value) => (
+            Zeroizing::new(value.into_string().unwrap_or_default()),
+            "the vault key in the environment cannot be used",
+            "In the server's environment variable VAULT_ENCRYPTION_KEY, ",
+        ),
+        Source::Setting(text) => {
+            (text, "the vault key in the setting app.vault_key cannot be used", "In app.vault_key, ")
+        }
+    };
     shared::wipe();
-    if let Some(path) = guc::vault_key_file() {
-        let text = read(&path)?;
-        let keys = keyring::parse(&text).map_err(|problem| {
-            error(Kind::KeyNotConfigured, "the vault key file cannot be used")
-                .set_detail(format!("The file named by nexus_hub.vault_key_file: {problem}."))
-                .set_hint(FORMAT)
-        })?;
-        return Ok((keys, true));
-    }
-    if let Some(value) = std::env::var_os(ENVIRONMENT_VARIABLE) {
-        let text = Zeroizing::new(value.into_string().unwrap_or_default());
-        let keys = keyring::parse(&text).map_err(|problem| {
-            error(Kind::KeyNotConfigured, "the vault key in the environment cannot be used")
-                .set_detail(format!("In the server's environment variable {ENVIRONMENT_VARIABLE}, {problem}."))
-                .set_hint("A key is 64 hex characters, as `openssl rand -hex 32` makes them.")
-        })?;
-        return Ok((keys, true));
-    }
-    if let Some(text) = app_settings::vault_key() {
-        let keys = keyring::parse(&text).map_err(|problem| {
-            error(Kind::KeyNotConfigured, "the vault key in the setting app.vault_key cannot be used")
-                .set_detail(format!("In app.vault_key, {problem}."))
-                .set_hint("A key is 64 hex characters, as `openssl rand -hex 32` makes them.")
-        })?;
-        // A SET changes it at any time.
-        return Ok((keys, false));
-    }
-    Err(error(Kind::KeyNotConfigured, "no vault key is configured").set_hint(
-        "Put the output of `openssl rand -hex 32` into a file of mode 0600 owned by the server's user, name it in \
-         nexus_hub.vault_key_file and reload; or have nexus_hub.vault_key_command print it.",
-    ))
+    let keys = keyring::parse(&text).map_err(|problem| {
+        error(Kind::KeyNotConfigured, fault).set_detail(format!("{place}{problem}.")).set_hint(FORMAT)
+    })?;
+    Ok((keys, can_be_kept))
 }
 
 /// The keys that the command prints. With shared memory one process runs it, and all have its output.
