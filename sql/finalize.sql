@@ -76,6 +76,12 @@ BEGIN
             @extschema@.rotate_vault_key(),
             _nexus_hub.rotate_values(),
             _nexus_hub.vault_key_state(),
+            @extschema@.start_vault_rotation(),
+            @extschema@.pause_vault_rotation(),
+            @extschema@.resume_vault_rotation(),
+            _nexus_hub.launch_rotation(),
+            _nexus_hub.set_rotation_paused(boolean),
+            _nexus_hub.vault_column_list(),
             _nexus_hub.api_key_context(uuid, text),
             _nexus_hub.api_service(text),
             _nexus_hub.api_key(text),
@@ -83,7 +89,8 @@ BEGIN
             _nexus_hub.model_name(text, text),
             _nexus_hub.no_api_key(text, uuid, boolean)
             TO service_role;
-        GRANT SELECT ON @extschema@.vault_keys TO service_role;
+        GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_columns, @extschema@.vault_rotation, @extschema@.vault_rotation_errors
+           TO service_role;
     END IF;
 END
 $$;

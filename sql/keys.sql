@@ -1,20 +1,34 @@
 -- The view of the vault's keys.
 
+CREATE FUNCTION _nexus_hub.count_values(p_relation oid, p_column text) RETURNS TABLE (fingerprint text, value_count bigint)
+LANGUAGE c STABLE
+AS 'MODULE_PATHNAME', 'count_values_wrapper';
+COMMENT ON FUNCTION _nexus_hub.count_values(oid, text) IS
+    'How many values of a column are under each key; NULL: those that no key of the server opens. Read with the rights of the table''s owner.';
+
 CREATE FUNCTION _nexus_hub.values_by_vault_key() RETURNS TABLE (fingerprint text, value_count bigint)
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT v.fingerprint, count(*)
-      FROM (SELECT _nexus_hub.vault_key_of(s.config_encrypted, NULL)
-              FROM @extschema@.user_servers s
-             WHERE s.config_encrypted IS NOT NULL
-             UNION ALL
-            SELECT _nexus_hub.vault_key_of(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service))
-              FROM @extschema@.api_keys k) AS v (fingerprint)
-     GROUP BY v.fingerprint;
-END;
+SET row_security = off
+AS $$
+DECLARE
+    leaf record;
+BEGIN
+    FOR leaf IN SELECT l.relation, l.column_name, l.noun, l.problem FROM _nexus_hub.vault_leaves() l LOOP
+        BEGIN
+            IF leaf.problem IS NOT NULL THEN
+                RAISE WARNING 'the values of % are not counted: %', leaf.noun, leaf.problem;
+                CONTINUE;
+            END IF;
+            RETURN QUERY SELECT c.fingerprint, c.value_count FROM _nexus_hub.count_values(leaf.relation, leaf.column_name::text) AS c;
+        EXCEPTION WHEN undefined_object OR undefined_column OR undefined_function OR undefined_table OR insufficient_privilege OR data_exception THEN
+            RAISE WARNING 'the values of % are not counted: %', leaf.noun, SQLERRM;
+        END;
+    END LOOP;
+END
+$$;
 COMMENT ON FUNCTION _nexus_hub.values_by_vault_key() IS
-    'How many values of the vault''s tables are under each key; NULL: those that no key of the server opens. Tries them all: a second for a million or so.';
+    'How many values are under each key, of each column by itself; NULL: those that no key of the server opens. Tries them all: a second for a million or so.';
 
 CREATE FUNCTION _nexus_hub.vault_key_state()
 RETURNS TABLE (fingerprint text, is_primary boolean, source text, first_seen timestamptz, value_count bigint)
@@ -25,7 +39,8 @@ BEGIN ATOMIC
       FROM _nexus_hub.vault_key_ring() r
       FULL JOIN (SELECT n.fingerprint, min(n.first_seen) AS first_seen FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k
              ON k.fingerprint = r.fingerprint
-      FULL JOIN _nexus_hub.values_by_vault_key() v ON v.fingerprint = r.fingerprint
+      FULL JOIN (SELECT b.fingerprint, sum(b.value_count)::bigint AS value_count FROM _nexus_hub.values_by_vault_key() b GROUP BY b.fingerprint) AS v
+             ON v.fingerprint = r.fingerprint
      ORDER BY r.place, k.first_seen;
 END;
 COMMENT ON FUNCTION _nexus_hub.vault_key_state() IS 'What the view vault_keys shows. The caller has been found to be trusted.';
@@ -38,4 +53,4 @@ COMMENT ON COLUMN @extschema@.vault_keys.fingerprint IS 'The key''s fingerprint.
 COMMENT ON COLUMN @extschema@.vault_keys.is_primary IS 'Whether it is the key that encrypts.';
 COMMENT ON COLUMN @extschema@.vault_keys.source IS 'What the server has it from; NULL: the server does not have it.';
 COMMENT ON COLUMN @extschema@.vault_keys.first_seen IS 'When it encrypted here first; NULL: never yet.';
-COMMENT ON COLUMN @extschema@.vault_keys.value_count IS 'Values of the vault''s tables that are under it. At 0 an older key can be removed; values in other tables are not counted. Counted anew at each look: a second for a million or so.';
+COMMENT ON COLUMN @extschema@.vault_keys.value_count IS 'Values of the vault''s tables and of registered columns that are under it. At 0 an older key can be removed; values elsewhere are not counted. Counted anew at each look: a second for a million or so.';

@@ -84,11 +84,6 @@ AS 'MODULE_PATHNAME', 'vault_key_ring_wrapper';
 COMMENT ON FUNCTION _nexus_hub.vault_key_ring() IS
     'The keys that the server has, by their fingerprints: the one in place 1 encrypts. None where no source is configured. Errors: F0000 the source cannot be used.';
 
-CREATE FUNCTION _nexus_hub.vault_key_of(encrypted bytea, context text) RETURNS text
-LANGUAGE c STABLE PARALLEL SAFE
-AS 'MODULE_PATHNAME', 'vault_key_of_wrapper';
-COMMENT ON FUNCTION _nexus_hub.vault_key_of(bytea, text) IS 'The fingerprint of the key that a ciphertext is under; NULL when no key of the server opens it with that context.';
-
 CREATE FUNCTION @extschema@.adopt_vault_key() RETURNS text
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp

@@ -24,8 +24,10 @@ extension_sql_file!("../sql/vault.sql", name = "vault", requires = ["bootstrap"]
 extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]);
 extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
 extension_sql_file!("../sql/byok.sql", name = "byok", requires = ["jobs"]);
-extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["byok"]);
-extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["byok"]);
+extension_sql_file!("../sql/columns.sql", name = "columns", requires = ["byok"]);
+extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["columns"]);
+extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["columns"]);
+extension_sql_file!("../sql/online_rotation.sql", name = "online_rotation", requires = ["rotation"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

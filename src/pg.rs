@@ -14,6 +14,7 @@ pub mod process;
 pub mod random;
 pub mod shmem;
 pub mod snapshot;
+pub mod timeout;
 pub mod transaction;
 pub mod xact;
 

@@ -1,8 +1,11 @@
 //! The vault: sealing and opening tokens and configs under keys that SQL can't see.
 
+mod columns;
 mod custody;
 mod keys;
+pub mod online;
 mod rotation;
+mod sweep;
 
 pub use custody::stranger;
 

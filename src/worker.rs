@@ -4,6 +4,7 @@ mod assign;
 mod backlog;
 mod feed;
 mod launcher;
+mod rotate;
 mod run;
 mod start;
 mod step;
@@ -13,8 +14,12 @@ use pgrx::prelude::*;
 
 /// The launcher's entry point, by name, as the postmaster looks it up.
 const LAUNCHER_MAIN: &str = "nexus_hub_launcher_main";
-/// The workers' entry point.
+/// The workers' name and entry point.
+const WORKER: &str = "nexus_hub worker";
 const WORKER_MAIN: &str = "nexus_hub_worker_main";
+/// The name and entry point of the process that rotates the vault's keys, while they are being rotated.
+const ROTATION: &str = "nexus_hub rotation";
+const ROTATION_MAIN: &str = "nexus_hub_rotation_main";
 
 /// Registers the launcher. Only from `_PG_init` of a preloaded library.
 pub fn register() {
@@ -36,4 +41,12 @@ pub extern "C-unwind" fn nexus_hub_launcher_main(_argument: pg_sys::Datum) {
 pub extern "C-unwind" fn nexus_hub_worker_main(argument: pg_sys::Datum) {
     let code = start::main(argument.value());
     bgworker::exit(code);
+}
+
+/// Entry point of a rotation of the vault's keys; the argument is the database's oid.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn nexus_hub_rotation_main(argument: pg_sys::Datum) {
+    rotate::main(pg_sys::Oid::from(argument.value() as u32));
+    bgworker::exit(0);
 }

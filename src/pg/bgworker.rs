@@ -3,6 +3,7 @@
 use super::xact;
 use pgrx::bgworkers::{BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerStartTime, DynamicBackgroundWorker};
 use pgrx::prelude::*;
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
@@ -23,12 +24,12 @@ pub fn register_launcher(function: &str) {
 pub struct Launched(DynamicBackgroundWorker);
 
 impl Launched {
-    /// Has a worker started, with `argument` for its main function. `None`: max_worker_processes is reached.
-    pub fn start(function: &str, argument: usize) -> Option<Self> {
+    /// Has a worker of that name started, with `argument` for its main function. `None`: max_worker_processes is reached.
+    pub fn start(name: &str, function: &str, argument: usize) -> Option<Self> {
         // SAFETY: a plain global of this process.
         let own_pid = unsafe { pg_sys::MyProcPid };
-        BackgroundWorkerBuilder::new("nexus_hub worker")
-            .set_type("nexus_hub worker")
+        BackgroundWorkerBuilder::new(name)
+            .set_type(name)
             .set_library("nexus_hub")
             .set_function(function)
             .enable_spi_access()
@@ -157,19 +158,24 @@ pub fn pin_session_settings() {
         #[cfg(any(feature = "pg17", feature = "pg18"))]
         (c"transaction_timeout", c"0"),
     ] {
-        // SAFETY: static C strings, a worker connected to its database.
-        unsafe {
-            pg_sys::SetConfigOption(
-                name.as_ptr(),
-                value.as_ptr(),
-                pg_sys::GucContext::PGC_SUSET,
-                pg_sys::GucSource::PGC_S_OVERRIDE,
-            );
-        }
+        pin_setting(name, value);
     }
 }
 
-fn milliseconds(time: Duration) -> std::ffi::c_long {
+/// Sets one, until the process ends.
+pub fn pin_setting(name: &CStr, value: &CStr) {
+    // SAFETY: C strings, a worker connected to its database.
+    unsafe {
+        pg_sys::SetConfigOption(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+        );
+    }
+}
+
+pub(super) fn milliseconds(time: Duration) -> std::ffi::c_long {
     // Rounded up, or the last fraction of a millisecond would be spent in a busy loop.
     let milliseconds = time.as_micros().div_ceil(1000);
     std::ffi::c_long::try_from(milliseconds).unwrap_or(i32::MAX.into()).clamp(0, i32::MAX.into())
@@ -305,7 +311,7 @@ pub fn is_own_worker() -> bool {
     // SAFETY: NULL in other processes; in a worker it points to its registration, made by `start` or `register_launcher`.
     unsafe {
         let entry = pg_sys::MyBgworkerEntry;
-        !entry.is_null() && std::ffi::CStr::from_ptr((*entry).bgw_library_name.as_ptr()).to_bytes() == b"nexus_hub"
+        !entry.is_null() && CStr::from_ptr((*entry).bgw_library_name.as_ptr()).to_bytes() == b"nexus_hub"
     }
 }
 

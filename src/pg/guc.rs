@@ -11,6 +11,7 @@ use std::time::Duration;
 
 static VAULT_KEY_COMMAND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static VAULT_KEY_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static VAULT_ROTATION_PACE: GucSetting<i32> = GucSetting::<i32>::new(10);
 static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static EXECUTOR: GucSetting<Executor> = GucSetting::<Executor>::new(Executor::Worker);
 static WORKERS_PER_DATABASE: GucSetting<i32> = GucSetting::<i32>::new(1);
@@ -64,6 +65,16 @@ pub fn register() {
         &VAULT_KEY_FILE,
         GucContext::Sighup,
         GucFlags::SUPERUSER_ONLY,
+    );
+    GucRegistry::define_int_guc(
+        c"nexus_hub.vault_rotation_pace",
+        c"Share of the time, in percent, that a rotation of the vault's keys in the background is at work.",
+        c"It rests for the remainder, after each small batch.",
+        &VAULT_ROTATION_PACE,
+        1,
+        100,
+        GucContext::Sighup,
+        GucFlags::empty(),
     );
     GucRegistry::define_bool_guc(
         c"nexus_hub.enabled",
@@ -302,6 +313,12 @@ pub fn egress_policy() -> Policy {
 /// `nexus_hub.workers_per_database`.
 pub fn workers_per_database() -> u16 {
     u16::try_from(WORKERS_PER_DATABASE.get()).unwrap_or(1)
+}
+
+/// How long a rotation rests after so much work, as `nexus_hub.vault_rotation_pace` says.
+pub fn vault_rotation_rest(work: Duration) -> Duration {
+    let pace = VAULT_ROTATION_PACE.get().clamp(1, 100).unsigned_abs();
+    work * (100 - pace) / pace
 }
 
 /// `nexus_hub.ca_file`, NULL and the empty string being the same.

@@ -8,16 +8,34 @@ const BOOTSTRAP_SUPERUSER: u32 = 10;
 /// Runs statements of the extension's own with the rights they need, whoever is calling. They must name everything with
 /// its schema.
 pub fn as_superuser<R>(work: impl FnOnce() -> R) -> R {
+    as_user(pg_sys::Oid::from(BOOTSTRAP_SUPERUSER), work)
+}
+
+/// Runs statements with the rights of a role, as VACUUM runs what is a table owner's: they can do nothing that outlives
+/// them to the session, its user and its settings.
+pub fn as_user<R>(role: pg_sys::Oid, work: impl FnOnce() -> R) -> R {
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
-    // SAFETY: set and put back in a pair; an error in between aborts the (sub)transaction, which puts them back, too. The
-    // context keeps what is called from changing the session's settings or user for good.
+    // SAFETY: set and put back in a pair; an error in between aborts the (sub)transaction, which puts them back, too.
     unsafe {
         pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
         let restricted = (pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION) as i32;
-        pg_sys::SetUserIdAndSecContext(pg_sys::Oid::from(BOOTSTRAP_SUPERUSER), context | restricted);
+        pg_sys::SetUserIdAndSecContext(role, context | restricted);
+        let settings = pg_sys::NewGUCNestLevel();
         let result = work();
+        pg_sys::AtEOXact_GUC(false, settings);
         pg_sys::SetUserIdAndSecContext(user, context);
         result
+    }
+}
+
+/// Whether the current user owns a table, directly or as a member of the role that does.
+pub fn owns_table(table: pg_sys::Oid) -> bool {
+    // SAFETY: a look-up in the catalogue, inside a statement's transaction.
+    unsafe {
+        #[cfg(any(feature = "pg14", feature = "pg15"))]
+        return pg_sys::pg_class_ownercheck(table, pg_sys::GetUserId());
+        #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+        return pg_sys::object_ownercheck(pg_sys::RelationRelationId, table, pg_sys::GetUserId());
     }
 }
 

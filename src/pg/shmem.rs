@@ -74,6 +74,8 @@ struct Slot {
     leave: AtomicBool,
     /// Jobs that run were changed by others: cancelled, perhaps.
     look: AtomicBool,
+    /// The worker is to look at everything.
+    poll: AtomicBool,
     /// Something was committed that the worker has to look for. The latch alone would not do: the worker's own lock
     /// waits and waits for replication use it up.
     wake: AtomicBool,
@@ -188,6 +190,24 @@ pub fn nudge(database: pg_sys::Oid, look: bool) -> bool {
     is_there
 }
 
+/// Has the workers of a database look at everything when they are woken next. A new one does so anyway.
+pub fn ask_for_poll(database: pg_sys::Oid) {
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    let own = slots.iter().filter(|slot| slot.database.load(SeqCst) == database.to_u32());
+    own.for_each(|slot| slot.poll.store(true, SeqCst));
+}
+
+/// Whether a database's first worker is at work.
+pub fn has_worker(database: pg_sys::Oid) -> bool {
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    slots.iter().any(|slot| {
+        slot.database.load(SeqCst) == database.to_u32()
+            && place(slot).number == 0
+            && worker_state(slot) == WorkerState::Running
+            && !slot.leave.load(SeqCst)
+    })
+}
+
 fn place(slot: &Slot) -> Place {
     Place::from_u32(slot.place.load(SeqCst))
 }
@@ -258,6 +278,7 @@ pub fn reserve_slot(database: pg_sys::Oid, place: Place) -> Option<usize> {
     slot.state.store(WorkerState::Starting as u32, SeqCst);
     slot.leave.store(false, SeqCst);
     slot.look.store(false, SeqCst);
+    slot.poll.store(false, SeqCst);
     slot.wake.store(false, SeqCst);
     slot.place.store(place.into_u32(), SeqCst);
     slot.holder.store(0, SeqCst);
@@ -321,6 +342,11 @@ pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
 /// Whether something was committed that this worker has to look for; forgets it.
 pub fn take_wake() -> bool {
     own_slot().is_some_and(|slot| slot.wake.swap(false, SeqCst))
+}
+
+/// Whether this worker is to look at everything; forgets it.
+pub fn take_poll() -> bool {
+    own_slot().is_some_and(|slot| slot.poll.swap(false, SeqCst))
 }
 
 /// Whether jobs that run were changed by others; forgets it.

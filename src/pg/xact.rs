@@ -17,6 +17,7 @@ const NOTHING: u8 = 0;
 const NUDGE: u8 = 1;
 const WAKE: u8 = 2;
 const LOOK: u8 = 4;
+const POLL: u8 = 8;
 
 /// Has the worker of this database woken when the running transaction commits, or started if there is none. A rollback
 /// forgets it.
@@ -32,6 +33,11 @@ pub fn nudge_worker_at_commit() {
 /// The same as [`wake_worker_at_commit`], and has it look whether what it runs is still to be run.
 pub fn have_worker_look_at_commit() {
     at_commit(WAKE | LOOK);
+}
+
+/// The same as [`wake_worker_at_commit`], and has it look at everything now, as it does from time to time.
+pub fn have_worker_poll_at_commit() {
+    at_commit(WAKE | POLL);
 }
 
 /// Has `forget` called when the running transaction ends, in whatever way. One at a time.
@@ -67,6 +73,9 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             // SAFETY: a plain global of this process.
             let database = unsafe { pg_sys::MyDatabaseId };
             let action = AT_COMMIT.swap(NOTHING, Relaxed);
+            if action & POLL != 0 {
+                shmem::ask_for_poll(database);
+            }
             if action & WAKE != 0 {
                 shmem::wake(database, action & LOOK != 0);
             } else if action & NUDGE != 0 {

@@ -100,11 +100,3 @@ fn vault_key_ring()
         fingerprints.into_iter().zip(1..).map(move |(own, place)| (own.to_string(), place, source.to_owned())),
     ))
 }
-
-/// The key that a ciphertext is under, if it is one of the ring.
-#[pg_extern(sql = false)]
-fn vault_key_of(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<String>, ErrorReport> {
-    let Some(encrypted) = encrypted else { return Ok(None) };
-    let opener = keys::ring()?.opener(encrypted, context.unwrap_or_default().as_bytes());
-    Ok(opener.map(|opener| opener.to_string()))
-}

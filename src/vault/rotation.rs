@@ -1,7 +1,6 @@
 //! Rotation of the vault's keys in one transaction: what `rotate_vault_key` needs beyond SQL.
 
-use super::{custody, keys};
-use crate::domain::envelope::MIN_LENGTH;
+use super::{columns, custody, keys, sweep};
 use crate::domain::keyring::{self, KeyRing, RawKey, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::{app_settings, random, snapshot, xact};
@@ -19,6 +18,17 @@ struct Rotation {
     resealed: i32,
     errors: Vec<String>,
     untold: usize,
+}
+
+impl Rotation {
+    /// Notes a value that no key opens.
+    fn note(&mut self, item: String, reason: &str) {
+        if self.errors.len() == MAX_ERRORS {
+            self.untold += 1;
+        } else {
+            self.errors.push(format!("{item}: {reason}"));
+        }
+    }
 }
 
 thread_local! {
@@ -76,7 +86,7 @@ fn reseal(
     let Some(encrypted) = encrypted else { return Ok(None) };
     ROTATION.with_borrow_mut(|rotation| {
         let Some(rotation) = rotation else {
-            return Err(error(Kind::NotReady, "no rotation is going on").set_hint("Call rotate_vault_key()."));
+            return Err(none_is_going_on());
         };
         let context = context.unwrap_or_default().as_bytes();
         match rotation.ring.reseal(encrypted, context, random::bytes)? {
@@ -85,19 +95,45 @@ fn reseal(
                 return Ok(Some(anew));
             }
             Resealed::Already => {}
-            Resealed::Unopened if rotation.errors.len() == MAX_ERRORS => rotation.untold += 1,
             Resealed::Unopened => {
-                let reason = if encrypted.len() < MIN_LENGTH {
-                    "the value is too short to be a ciphertext"
-                } else {
-                    "the value cannot be decrypted"
-                };
                 let id = id.map(|id| uuid::Uuid::from_bytes(*id.as_bytes()).to_string()).unwrap_or_default();
-                rotation.errors.push(format!("{} {id}: {reason}", kind.unwrap_or_default()));
+                rotation.note(format!("{} {id}", kind.unwrap_or_default()), sweep::reason(encrypted));
             }
         }
         Ok(Some(encrypted.to_vec()))
     })
+}
+
+fn none_is_going_on() -> ErrorReport {
+    error(Kind::NotReady, "no rotation is going on").set_hint("Call rotate_vault_key().")
+}
+
+/// The values of users' own columns under the first key of the rotation. The tables are locked.
+#[pg_extern(sql = false)]
+fn reseal_registered_columns() -> Result<(), ErrorReport> {
+    // Not held while the owners' expressions run: one of them could call back.
+    let ring = ROTATION.with_borrow(|rotation| rotation.as_ref().map(|rotation| Rc::clone(&rotation.ring)));
+    let ring = ring.ok_or_else(none_is_going_on)?;
+    let leaves = columns::leaves()
+        .map_err(|problem| error(Kind::Internal, format!("could not read the vault's columns: {problem}")))?;
+    for leaf in leaves.iter().filter(|leaf| leaf.is_registered) {
+        if let Some(problem) = &leaf.problem {
+            return Err(error(Kind::NotReady, format!("{} cannot be taken along: {problem}", leaf.noun)).set_hint(
+                "register_vault_column registers a column anew, unregister_vault_column has rotations leave it alone.",
+            ));
+        }
+        for blocks in sweep::ranges(leaf.blocks) {
+            let note = |item, reason: &str| {
+                ROTATION.with_borrow_mut(|rotation| {
+                    if let Some(rotation) = rotation {
+                        rotation.note(item, reason);
+                    }
+                });
+            };
+            sweep::reseal(leaf, blocks, &ring, note)?;
+        }
+    }
+    Ok(())
 }
 
 /// How many values were encrypted anew since this was asked last.

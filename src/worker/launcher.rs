@@ -4,7 +4,7 @@
 //! at once where there is none. Afterwards a commit that needs a worker asks for it. Where there are to be several, the
 //! others are started beside the first, once that runs.
 
-use super::WORKER_MAIN;
+use super::{WORKER, WORKER_MAIN};
 use crate::pg::bgworker::{self, Launched};
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{catalog, guc, transaction};
@@ -219,7 +219,7 @@ fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, workers: u16, now: 
     let due = databases.iter().flat_map(|(oid, database)| database.due(workers, now).map(|number| (*oid, number)));
     for (oid, number) in due.take(room).collect::<Vec<_>>() {
         let Some(slot) = shmem::reserve_slot(oid, Place { number, of: workers }) else { return Room::None };
-        let Some(handle) = Launched::start(WORKER_MAIN, slot) else {
+        let Some(handle) = Launched::start(WORKER, WORKER_MAIN, slot) else {
             shmem::free_slot(slot);
             return Room::None;
         };

@@ -5,7 +5,7 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
-use super::start;
+use super::{rotate, start};
 use super::step::{Running, Step, finished};
 use crate::domain::schedule::{BreakerState, Pick, Schedule};
 use crate::jobs::queue::{Claim, Queue};
@@ -91,6 +91,8 @@ pub struct Worker {
     pub failures: u32,
     /// No transaction before this time.
     pub not_before: Option<Instant>,
+    /// The process that rotates the vault's keys.
+    pub rotation: rotate::Post,
 }
 
 impl Worker {
@@ -143,6 +145,9 @@ impl Worker {
 
     fn take_wakes(&mut self) {
         self.look_due |= shmem::take_look();
+        if shmem::take_poll() {
+            self.next_poll = Instant::now();
+        }
         if shmem::take_wake() {
             self.schedule.wake();
             self.was_woken = true;

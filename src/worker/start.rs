@@ -3,6 +3,7 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
+use super::rotate;
 use super::run::{GONE, RESTART, Worker};
 use crate::domain::breaker::Rules;
 use crate::domain::schedule::{Caps, Schedule};
@@ -122,6 +123,7 @@ pub fn main(slot: usize) -> i32 {
         next_poll: now,
         failures: 0,
         not_before: None,
+        rotation: rotate::Post::default(),
     }
     .work()
 }

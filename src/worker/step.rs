@@ -11,6 +11,7 @@ use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
 use crate::pg::transaction::Durability;
 use crate::pg::{bgworker, catalog, shmem, transaction};
+use crate::vault::online;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -115,6 +116,8 @@ impl Worker {
         let mut replaced = false;
         let mut outdated = false;
         let mut released = 0;
+        let mut rotates = false;
+        let is_first = self.place.number == 0;
         // A claim that is lost in a crash leaves a job pending, as it was. So the requests need not wait until it is on
         // disk; it is put there while they are on their way.
         let durability = if batch.is_empty() && !poll { Durability::Later } else { Durability::AtCommit };
@@ -128,6 +131,7 @@ impl Worker {
                 let mut done = Done { lease, ..Done::default() };
                 if poll {
                     outdated = Queue::database_settings()? != *database_settings;
+                    rotates = is_first && online::is_wanted()?;
                     released = release_abandoned(queue, database, holder, &active, settings.max_crashes)?;
                     if let Some(edge) = &mut *edge {
                         *edge = start::edge()?;
@@ -180,6 +184,9 @@ impl Worker {
         self.breakers.clear();
         if poll {
             self.next_poll = now + self.settings.poll_interval;
+            if rotates {
+                self.rotation.fill(self.database);
+            }
             self.tidy();
         }
         if !self.tried.is_empty() {
