@@ -114,23 +114,23 @@ fn try_out(table: pg_sys::Oid, column: &str) -> Result<(), ErrorReport> {
     });
     explained.execute()?;
     if ring.is_some() && seen > 0 && opened == 0 {
-        warning!("none of the first {seen} values of the column \"{column}\" can be decrypted: is p_context what they were encrypted with?");
+        warning!(
+            "none of the first {seen} values of the column \"{column}\" can be decrypted: is p_context what they were encrypted with?"
+        );
     }
     Ok(())
 }
 
 /// Has rotations leave a column alone; see the function's COMMENT.
 #[pg_extern(sql = false)]
-fn unregister_vault_column(
-    table: Option<pg_sys::Oid>,
-    column: Option<&str>,
-) -> Result<bool, ErrorReport> {
+fn unregister_vault_column(table: Option<pg_sys::Oid>, column: Option<&str>) -> Result<bool, ErrorReport> {
     let (table, column) = named(table, column)?;
     require_owner(table)?;
     identity::as_superuser(|| {
         Spi::connect_mut(|client| {
             let arguments = [table.into(), column.as_str().into()];
-            let dropped = client.update("SELECT _nexus_hub.drop_registered_column($1, $2::name)", Some(1), &arguments)?;
+            let dropped =
+                client.update("SELECT _nexus_hub.drop_registered_column($1, $2::name)", Some(1), &arguments)?;
             dropped.first().get_one::<bool>()
         })
     })
@@ -138,10 +138,7 @@ fn unregister_vault_column(
     .map_err(internal)
 }
 
-fn named(
-    table: Option<pg_sys::Oid>,
-    column: Option<&str>,
-) -> Result<(pg_sys::Oid, String), ErrorReport> {
+fn named(table: Option<pg_sys::Oid>, column: Option<&str>) -> Result<(pg_sys::Oid, String), ErrorReport> {
     let missing = |name| error(Kind::BadArgument, format!("{name} is NULL")).set_hint("Pass a table and its column.");
     let column = column.ok_or_else(|| missing("p_column"))?.to_owned();
     Ok((table.ok_or_else(|| missing("p_table"))?, column))

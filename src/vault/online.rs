@@ -65,7 +65,8 @@ fn launch_rotation() -> Result<String, ErrorReport> {
     let fingerprint = first(&ring);
     let is_new = identity::as_superuser(|| {
         Spi::connect_mut(|client| {
-            let begun = client.update("SELECT _nexus_hub.begin_rotation($1)", Some(1), &[fingerprint.as_str().into()])?;
+            let begun =
+                client.update("SELECT _nexus_hub.begin_rotation($1)", Some(1), &[fingerprint.as_str().into()])?;
             begun.first().get_one::<bool>()
         })
     })
@@ -246,7 +247,8 @@ impl Rotation {
 
     fn sweep(&mut self, state: &State, leaves: &[Leaf], ring: &KeyRing) -> Result<Turn, ErrorReport> {
         let has_more = state.next_block < state.end_block;
-        let next_leaf = leaves.iter().position(|leaf| if has_more { at(leaf) >= state.at } else { at(leaf) > state.at });
+        let next_leaf =
+            leaves.iter().position(|leaf| if has_more { at(leaf) >= state.at } else { at(leaf) > state.at });
         let Some((index, leaf)) = next_leaf.and_then(|index| Some((index, leaves.get(index)?))) else {
             // Later than the start by as much as a session may need to hear of the new key.
             let swept = "UPDATE _nexus_hub.vault_rotation_state
@@ -336,8 +338,14 @@ impl Rotation {
     pub fn check(&mut self, mut rest: impl FnMut(Duration) -> bool) -> Result<Option<Check>, ErrorReport> {
         self.current = None;
         let ring = keys::ring()?;
-        let mut check =
-            Check { ring: Rc::clone(&ring), seen: 0, unopened: 0, left: Vec::new(), read: Vec::new(), failed: Vec::new() };
+        let mut check = Check {
+            ring: Rc::clone(&ring),
+            seen: 0,
+            unopened: 0,
+            left: Vec::new(),
+            read: Vec::new(),
+            failed: Vec::new(),
+        };
         let mut looked = Instant::now();
         for leaf in columns::leaves().map_err(internal)? {
             if let Some(problem) = self.problem(&leaf) {
@@ -352,7 +360,8 @@ impl Rotation {
                 sweep::look(&leaf, blocks, Some(&ring), |block, opener| {
                     check.seen += 1;
                     check.unopened += i64::from(opener.is_none());
-                    let is_noted = || check.left.last().is_some_and(|(last, number)| *last == column && *number == block);
+                    let is_noted =
+                        || check.left.last().is_some_and(|(last, number)| *last == column && *number == block);
                     if opener.is_some_and(|place| place > 0) && !is_noted() {
                         check.left.push((column.clone(), block));
                     }
@@ -401,13 +410,17 @@ impl Rotation {
             client.update(end, Some(1), &arguments)?.first().get_one::<i64>()
         });
         let resealed = resealed.map_err(internal)?.unwrap_or_default();
-        let what = format!("{resealed} of the vault's values were encrypted anew, all are under key {} now", first(&ring));
-        let unopened = if check.unopened > 0 { format!(", but {} that no key opens", check.unopened) } else { String::new() };
+        let what =
+            format!("{resealed} of the vault's values were encrypted anew, all are under key {} now", first(&ring));
+        let unopened =
+            if check.unopened > 0 { format!(", but {} that no key opens", check.unopened) } else { String::new() };
         Ok(Turn::Done(if failed == 0 {
             let older: Vec<_> = ring.fingerprints().iter().skip(1).map(ToString::to_string).collect();
             format!("{what}{unopened}: the older keys ({}) are free to be removed", older.join(", "))
         } else {
-            format!("{resealed} of the vault's values were encrypted anew, but {failed} columns could not be taken along: see vault_rotation_errors, and keep the older keys")
+            format!(
+                "{resealed} of the vault's values were encrypted anew, but {failed} columns could not be taken along: see vault_rotation_errors, and keep the older keys"
+            )
         }))
     }
 }
@@ -427,7 +440,10 @@ pub fn in_the_way() -> Result<bool, ErrorReport> {
 
 /// Notes why it does not go on at once. Call it in a transaction.
 pub fn note_problem(problem: &str) -> Result<(), ErrorReport> {
-    write("UPDATE _nexus_hub.vault_rotation_state SET problem = $1 WHERE problem IS DISTINCT FROM $1", &[problem.into()])
+    write(
+        "UPDATE _nexus_hub.vault_rotation_state SET problem = $1 WHERE problem IS DISTINCT FROM $1",
+        &[problem.into()],
+    )
 }
 
 fn note_error(item: &str, reason: &str) -> Result<(), ErrorReport> {

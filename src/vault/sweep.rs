@@ -12,6 +12,8 @@ use std::ops::Range;
 
 /// Blocks that are read at a time where nobody waits.
 const BLOCKS: i64 = 64;
+/// Rows that are in memory at a time where they are only looked at.
+const ROWS: std::ffi::c_long = 1000;
 
 /// What was found in a range of blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,7 +84,8 @@ pub fn reseal(
                 return Ok(());
             }
             tally.resealed = rows.len() as i64;
-            let written = client.update(leaf.write.as_str(), None, &[rows.into(), sealed.into()]).map_err(failed)?.len();
+            let written =
+                client.update(leaf.write.as_str(), None, &[rows.into(), sealed.into()]).map_err(failed)?.len();
             if written as i64 == tally.resealed {
                 return Ok(());
             }
@@ -113,15 +116,23 @@ pub fn look(
     let [first, end] = places(&blocks);
     identity::as_user(leaf.owner, || {
         Spi::connect(|client| {
-            for row in client.select(leaf.look.as_str(), None, &[first.into(), end.into()]).map_err(failed)? {
-                let value = Value::of(&row).map_err(failed)?;
-                let place = ring.and_then(|ring| ring.opener(&value.encrypted, value.context.as_bytes()));
-                let block = value.row.trim_start_matches('(').split(',').next().and_then(|block| block.parse().ok());
-                if !each(block.unwrap_or(blocks.start), place) {
-                    break;
+            // Not all rows at once; and a cursor takes one statement only, whatever is in the expression.
+            let mut cursor = client.open_cursor(leaf.look.as_str(), &[first.into(), end.into()]);
+            loop {
+                let rows = cursor.fetch(ROWS).map_err(failed)?;
+                if rows.is_empty() {
+                    return Ok(());
+                }
+                for row in rows {
+                    let value = Value::of(&row).map_err(failed)?;
+                    let place = ring.and_then(|ring| ring.opener(&value.encrypted, value.context.as_bytes()));
+                    let block =
+                        value.row.trim_start_matches('(').split(',').next().and_then(|block| block.parse().ok());
+                    if !each(block.unwrap_or(blocks.start), place) {
+                        return Ok(());
+                    }
                 }
             }
-            Ok(())
         })
     })
 }

@@ -84,7 +84,6 @@ pub fn main(database: pg_sys::Oid) {
     }
 }
 
-
 struct Process {
     database: pg_sys::Oid,
     extension: Extension,

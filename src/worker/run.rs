@@ -5,8 +5,8 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
-use super::{rotate, start};
 use super::step::{Running, Step, finished};
+use super::{rotate, start};
 use crate::domain::schedule::{BreakerState, Pick, Schedule};
 use crate::jobs::queue::{Claim, Queue};
 use crate::net::outbound::Outbound;

@@ -11,6 +11,7 @@ mod jobs;
 mod lanes;
 mod leaks;
 mod mcp;
+mod online_rotation;
 mod retries;
 mod rotation;
 mod sql_suites;

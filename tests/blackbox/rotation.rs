@@ -5,19 +5,19 @@ use crate::vault::KEY;
 use postgres::Client;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-const NEW_KEY: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
-const ROWS: i64 = 100_000;
-const CORRUPT: i64 = 100;
+pub const NEW_KEY: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
+pub const ROWS: i64 = 100_000;
+pub const CORRUPT: i64 = 100;
 
 /// Gives the server these keys, newest first, and waits until the session has them.
-fn use_keys(cluster: &Cluster, client: &mut Client, keys: &[&str]) {
+pub fn use_keys(cluster: &Cluster, client: &mut Client, keys: &[&str]) {
     let before: String = value(client, "SELECT pg_conf_load_time()::text");
     cluster.write_key_file(&keys.join("\n"));
     client.batch_execute("SELECT pg_reload_conf()").expect("reload");
     wait_until("the reload", || value::<String>(client, "SELECT pg_conf_load_time()::text") != before);
 }
 
-fn add_rows(client: &mut Client) {
+pub fn add_rows(client: &mut Client) {
     client
         .batch_execute(&format!(
             "INSERT INTO user_servers (user_id, server_id, name, config_encrypted)
@@ -36,7 +36,7 @@ fn rotate(client: &mut Client) -> (i64, i64) {
 }
 
 /// Rows that the session's keys open.
-fn openable(client: &mut Client) -> i64 {
+pub fn openable(client: &mut Client) -> i64 {
     client
         .batch_execute(
             "CREATE OR REPLACE FUNCTION pg_temp.opens(sealed bytea) RETURNS boolean LANGUAGE plpgsql AS $$

@@ -73,7 +73,7 @@ SELECT set_eq(
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
-      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
+      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
@@ -87,7 +87,7 @@ SELECT throws_ok(format(statement, name, first_column), '42501', NULL, format('a
   FROM extension_table,
        unnest(ARRAY['SELECT FROM %s', 'INSERT INTO %s DEFAULT VALUES', 'UPDATE %1$s SET %2$I = %2$I', 'DELETE FROM %s', 'TRUNCATE %s']) AS statement
  -- What nobody could do to a view says so first.
- WHERE relname <> 'vault_keys' OR statement ~ '^SELECT'
+ WHERE relkind <> 'v' OR statement ~ '^SELECT'
  ORDER BY relname, statement;
 SELECT lives_ok(format('SELECT %I.nexus_hub_uid()', :'schema'), 'anon can call nexus_hub_uid');
 RESET ROLE;
@@ -120,7 +120,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_user_|^resolve_provider$' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|^resolve_provider$' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
@@ -173,8 +173,8 @@ RESET ROLE;
 
 SELECT is_empty(
     $$SELECT call FROM extension_function
-       WHERE nspname <> '_nexus_hub' AND proname <> 'adopt_vault_key' AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
-    'service_role may execute every public function but adopt_vault_key');
+       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
+    'service_role may execute every public function but adopt_vault_key, and those for tables'' owners');
 SELECT is(has_function_privilege('service_role', format('%I.adopt_vault_key()', :'schema'), 'EXECUTE'), false, 'which is the owner''s alone');
 SELECT set_eq(
     $$SELECT relname::text, privilege
@@ -182,7 +182,8 @@ SELECT set_eq(
        WHERE nspname <> '_nexus_hub' AND has_table_privilege('service_role', oid, privilege)$$,
     $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings']) AS relname,
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
-      UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT')$$,
+      UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT'),
+                       ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT')$$,
     'service_role may read every public table, and write all but those that the worker alone writes');
 
 SELECT pg_temp.as_role('service_role');

@@ -36,6 +36,11 @@ SELECT set_eq(
     ('decrypt_config', 'encrypted bytea, context text DEFAULT NULL::text', 'jsonb'),
     ('adopt_vault_key', '', 'text'),
     ('rotate_vault_key', '', 'TABLE(servers_updated integer, errors text[])'),
+    ('start_vault_rotation', '', 'text'),
+    ('pause_vault_rotation', '', 'boolean'),
+    ('resume_vault_rotation', '', 'boolean'),
+    ('register_vault_column', 'p_table regclass, p_column text, p_context text DEFAULT NULL::text', 'void'),
+    ('unregister_vault_column', 'p_table regclass, p_column text', 'boolean'),
     ('add_server', 'p_server_id text, p_name text, p_config jsonb, p_user_id uuid DEFAULT NULL::uuid', 'uuid'),
     ('update_server', 'p_id uuid, p_name text DEFAULT NULL::text, p_config jsonb DEFAULT NULL::jsonb, p_enabled boolean DEFAULT NULL::boolean', 'boolean'),
     ('delete_server', 'p_id uuid', 'boolean'),
@@ -155,6 +160,7 @@ SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
     ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'),
+    ('start_vault_rotation', 'v'), ('pause_vault_rotation', 'v'), ('resume_vault_rotation', 'v'), ('register_vault_column', 'v'), ('unregister_vault_column', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
     ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's'),
@@ -201,10 +207,10 @@ SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p'
 SELECT set_eq(
     $$SELECT t.nspname, t.relname FROM pg_extension e JOIN extension_table t ON t.oid = ANY (e.extconfig) WHERE e.extname = 'nexus_hub'$$,
     $$SELECT nspname, relname FROM extension_table WHERE relkind = 'r' AND nspname <> '_nexus_hub' AND relname <> 'circuit_breakers'
-      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys')$$,
-    'the rows of every public table are dumped, except those of circuit_breakers, and which keys they are under');
-SELECT is_empty($$SELECT condition FROM pg_extension e, unnest(e.extcondition) AS condition WHERE e.extname = 'nexus_hub' AND condition <> ''$$,
-    'and all of them');
+      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys'), ('_nexus_hub', 'registered_columns')$$,
+    'the rows of every public table are dumped, except those of circuit_breakers, and which keys and columns they are under');
+SELECT is_empty($$SELECT condition FROM pg_extension e, unnest(e.extcondition) AS condition WHERE e.extname = 'nexus_hub' AND condition NOT IN ('', 'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)')$$,
+    'and all of them, but columns of tables that are gone');
 SELECT is_empty(
     $$SELECT p.tablename, p.policyname FROM pg_policies p JOIN extension_table t ON (t.nspname, t.relname) = (p.schemaname, p.tablename),
              concat_ws(' ', p.qual, p.with_check) AS expression
