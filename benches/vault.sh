@@ -70,8 +70,33 @@ add_vault_key() {
     reload
 }
 
+# pgbench alone, beside a rotation that lasts longer than it, and alone again.
+bench_rotation() {
+    local n=400000 seconds=${ROTATION_SECONDS:-10} before beside after passed
+    sql -c "INSERT INTO user_servers (user_id, server_id, name, config_encrypted)
+            SELECT gen_random_uuid(), 's', 'n', encrypt_config(jsonb_build_object('url', repeat('x', 190))) FROM generate_series(1, $n)" \
+        -c 'VACUUM ANALYZE user_servers'
+    "$bin/pgbench" -qis 20 >/dev/null 2>&1
+    tps() {
+        sql -c CHECKPOINT
+        "$bin/pgbench" -n -c 8 -j 2 -T "$seconds" 2>/dev/null | awk '/^tps/ { printf "%.0f", $3 }'
+    }
+    tps >/dev/null
+    before=$(tps)
+    add_vault_key
+    sql -c 'SELECT start_vault_rotation()' >/dev/null 2>&1
+    beside=$(tps)
+    passed=$(sql -c 'SELECT done FROM vault_rotation')
+    sql -c 'SELECT pause_vault_rotation()' >/dev/null
+    after=$(tps)
+    row 'pgbench (8 clients) beside a rotation in the background, transactions a second' "$beside" \
+        "alone: $before before, $after after; encrypted anew meanwhile: $((passed / seconds)) values a second" "$(ratio "$beside" $(((before + after) / 2)))"
+    sql -c 'TRUNCATE user_servers' -c 'DROP TABLE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers'
+}
+
 bench_vault() {
     bench_tables
+    bench_rotation
     local seal open peer_seal peer_open
     seal=$(per_call "encrypt_token(CASE WHEN i > 0 THEN t END)" "CASE WHEN i > 0 THEN t END")
     open=$(per_call "decrypt_token(CASE WHEN i > 0 THEN sealed END)" "CASE WHEN i > 0 THEN sealed END")

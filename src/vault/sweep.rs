@@ -7,13 +7,15 @@ use crate::domain::keyring::{KeyRing, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::{identity, random};
 use pgrx::prelude::*;
-use pgrx::spi::{SpiError, SpiHeapTupleData};
+use pgrx::spi::{SpiClient, SpiCursor, SpiError, SpiHeapTupleData};
 use std::ops::Range;
 
-/// Blocks that are read at a time where nobody waits.
+/// Blocks that are gone through at a time where nobody waits.
 const BLOCKS: i64 = 64;
-/// Rows that are in memory at a time where they are only looked at.
-const ROWS: std::ffi::c_long = 1000;
+/// Rows that are in memory at a time: fewer where they are large.
+const FIRST_ROWS: usize = 8;
+const MAX_ROWS: usize = 256;
+const MANY_BYTES: usize = 1024 * 1024;
 
 /// What was found in a range of blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +54,52 @@ fn places(blocks: &Range<i64>) -> [String; 2] {
     [blocks.start, blocks.end].map(|block| format!("({block},0)"))
 }
 
+/// What is done with the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Look,
+    Lock,
+}
+
+/// Goes through the rows of a range of blocks, a moderate number at a time; until it is told to stop.
+fn walk(
+    leaf: &Leaf,
+    access: Access,
+    blocks: &Range<i64>,
+    mut each: impl FnMut(&mut SpiClient<'_>, Vec<Value>) -> Result<bool, ErrorReport>,
+) -> Result<(), ErrorReport> {
+    let [first, end] = places(blocks);
+    identity::as_user(leaf.owner, || {
+        // A cursor takes one statement only, whatever is in the expression.
+        let arguments = [first.into(), end.into()];
+        let cursor = Spi::connect_mut(|client| {
+            let cursor = match access {
+                Access::Look => client.try_open_cursor(leaf.look.as_str(), &arguments),
+                // Says that something will be written: what is read is read as of now.
+                Access::Lock => client.try_open_cursor_mut(leaf.lock.as_str(), &arguments),
+            };
+            cursor.map(SpiCursor::detach_into_name)
+        });
+        let mut cursor = cursor.map_err(failed)?;
+        let mut most = FIRST_ROWS;
+        loop {
+            // One by one, because what SPI has read is freed at the end of each.
+            let next = Spi::connect_mut(|client| {
+                let mut found = client.find_cursor(&cursor).map_err(failed)?;
+                let rows = found.fetch(most as std::ffi::c_long).map_err(failed)?;
+                let values: Vec<_> = rows.map(|row| Value::of(&row)).collect::<Result<_, _>>().map_err(failed)?;
+                let bytes: usize = values.iter().map(|value| value.encrypted.len()).sum();
+                let is_last = values.len() < most;
+                most = if bytes > MANY_BYTES { (most / 2).max(1) } else { (most * 2).min(MAX_ROWS) };
+                let goes_on = each(client, values)? && !is_last;
+                Ok::<_, ErrorReport>(goes_on.then(|| found.detach_into_name()))
+            })?;
+            let Some(next) = next else { return Ok(()) };
+            cursor = next;
+        }
+    })
+}
+
 /// Encrypts the values of a range of blocks anew under the ring's first key, passing over rows that somebody keeps
 /// locked. `unopened` is told of each value that no key opens, and why.
 pub fn reseal(
@@ -61,37 +109,33 @@ pub fn reseal(
     mut unopened: impl FnMut(String, &'static str),
 ) -> Result<Tally, ErrorReport> {
     let mut tally = Tally::default();
-    let (mut rows, mut sealed) = (Vec::new(), Vec::new());
-    let [first, end] = places(&blocks);
-    identity::as_user(leaf.owner, || {
-        Spi::connect_mut(|client| {
-            for row in client.update(leaf.lock.as_str(), None, &[first.into(), end.into()]).map_err(failed)? {
-                let value = Value::of(&row).map_err(failed)?;
-                tally.seen += 1;
-                match ring.reseal(&value.encrypted, value.context.as_bytes(), random::bytes)? {
-                    Resealed::Already => {}
-                    Resealed::Anew(anew) => {
-                        rows.push(value.row);
-                        sealed.push(anew);
-                    }
-                    Resealed::Unopened => {
-                        tally.unopened += 1;
-                        unopened(format!("{} {}", leaf.noun, value.label), reason(&value.encrypted));
-                    }
+    walk(leaf, Access::Lock, &blocks, |client, values| {
+        let (mut rows, mut sealed) = (Vec::new(), Vec::new());
+        for value in values {
+            tally.seen += 1;
+            match ring.reseal(&value.encrypted, value.context.as_bytes(), random::bytes)? {
+                Resealed::Already => {}
+                Resealed::Anew(anew) => {
+                    rows.push(value.row);
+                    sealed.push(anew);
+                }
+                Resealed::Unopened => {
+                    tally.unopened += 1;
+                    unopened(format!("{} {}", leaf.noun, value.label), reason(&value.encrypted));
                 }
             }
-            if rows.is_empty() {
-                return Ok(());
-            }
-            tally.resealed = rows.len() as i64;
-            let written =
-                client.update(leaf.write.as_str(), None, &[rows.into(), sealed.into()]).map_err(failed)?.len();
-            if written as i64 == tally.resealed {
-                return Ok(());
-            }
-            // A rule, or a trigger that fires always.
-            Err(error(Kind::NotReady, format!("only {written} of {} rows could be written", tally.resealed)))
-        })
+        }
+        if rows.is_empty() {
+            return Ok(true);
+        }
+        let expected = rows.len();
+        let written = client.update(leaf.write.as_str(), None, &[rows.into(), sealed.into()]).map_err(failed)?.len();
+        tally.resealed += written as i64;
+        if written == expected {
+            return Ok(true);
+        }
+        // A rule, or a trigger that fires always.
+        Err(error(Kind::NotReady, format!("only {written} of {expected} rows could be written")))
     })?;
     Ok(tally)
 }
@@ -113,27 +157,15 @@ pub fn look(
     ring: Option<&KeyRing>,
     mut each: impl FnMut(i64, Option<usize>) -> bool,
 ) -> Result<(), ErrorReport> {
-    let [first, end] = places(&blocks);
-    identity::as_user(leaf.owner, || {
-        Spi::connect(|client| {
-            // Not all rows at once; and a cursor takes one statement only, whatever is in the expression.
-            let mut cursor = client.open_cursor(leaf.look.as_str(), &[first.into(), end.into()]);
-            loop {
-                let rows = cursor.fetch(ROWS).map_err(failed)?;
-                if rows.is_empty() {
-                    return Ok(());
-                }
-                for row in rows {
-                    let value = Value::of(&row).map_err(failed)?;
-                    let place = ring.and_then(|ring| ring.opener(&value.encrypted, value.context.as_bytes()));
-                    let block =
-                        value.row.trim_start_matches('(').split(',').next().and_then(|block| block.parse().ok());
-                    if !each(block.unwrap_or(blocks.start), place) {
-                        return Ok(());
-                    }
-                }
+    walk(leaf, Access::Look, &blocks, |_, values| {
+        for value in values {
+            let place = ring.and_then(|ring| ring.opener(&value.encrypted, value.context.as_bytes()));
+            let block = value.row.trim_start_matches('(').split(',').next().and_then(|block| block.parse().ok());
+            if !each(block.unwrap_or(blocks.start), place) {
+                return Ok(false);
             }
-        })
+        }
+        Ok(true)
     })
 }
 
