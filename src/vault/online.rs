@@ -201,7 +201,13 @@ impl Rotation {
 
     /// Makes the next batch. Call it in a transaction.
     pub fn step(&mut self) -> Result<Turn, ErrorReport> {
+        let turn = self.next_batch()?;
+        // What goes wrong from here on is no column's fault.
         self.current = None;
+        Ok(turn)
+    }
+
+    fn next_batch(&mut self) -> Result<Turn, ErrorReport> {
         let Some(state) = Spi::connect_mut(State::lock).map_err(internal)? else { return Ok(Turn::Over) };
         let ring = keys::ring()?;
         custody::admit(&ring)?;
