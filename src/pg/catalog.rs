@@ -60,6 +60,12 @@ pub fn hold_extension(extension: Extension) -> bool {
     schema() == extension.schema && extension.schema != pg_sys::InvalidOid
 }
 
+/// Keeps a table from being dropped or rewritten until the transaction ends.
+pub fn hold_table(table: pg_sys::Oid) {
+    // SAFETY: an ordinary lock of the running transaction; it may be of a table that is gone.
+    unsafe { pg_sys::LockRelationOid(table, pg_sys::AccessShareLock as i32) }
+}
+
 /// The oid of the database of that name. Call it in a transaction.
 pub fn database(name: &std::ffi::CStr) -> Option<pg_sys::Oid> {
     // SAFETY: looks a C string up in the catalogue.

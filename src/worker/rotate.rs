@@ -127,13 +127,15 @@ impl Process {
         }
         let check = transaction::run(c"nexus_hub: looking for values under older vault keys", || {
             timeout::start(STATEMENT_TIME);
-            let go_on = |work| {
+            let pause = |time: Duration| {
                 timeout::stop();
-                self.rest(work);
+                if !time.is_zero() {
+                    bgworker::wait(time);
+                }
                 timeout::start(STATEMENT_TIME);
                 !self.is_to_end()
             };
-            rotation.check(go_on).map_err(|problem| problem.message().to_owned())
+            rotation.check(pause).map_err(|problem| problem.message().to_owned())
         });
         timeout::stop();
         match check? {
