@@ -27,6 +27,7 @@ BEGIN
             _nexus_hub.server_exists(text),
             _nexus_hub.server_id(text),
             _nexus_hub.seal_server_config(text),
+            _nexus_hub.note_vault_use(text, text),
             _nexus_hub.check_job(text, text, text, text, boolean),
             _nexus_hub.wake_worker(),
             _nexus_hub.job_not_found(uuid),
@@ -76,6 +77,8 @@ BEGIN
             @extschema@.rotate_vault_key(),
             _nexus_hub.rotate_values(),
             _nexus_hub.vault_key_state(),
+            _nexus_hub.open_secret(bytea, text, text),
+            _nexus_hub.api_key_object(uuid, text),
             _nexus_hub.api_key_context(uuid, text),
             _nexus_hub.api_service(text),
             _nexus_hub.api_key(text),
@@ -83,7 +86,7 @@ BEGIN
             _nexus_hub.model_name(text, text),
             _nexus_hub.no_api_key(text, uuid, boolean)
             TO service_role;
-        GRANT SELECT ON @extschema@.vault_keys TO service_role;
+        GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_audit TO service_role;
     END IF;
 END
 $$;
@@ -139,7 +142,8 @@ GRANT EXECUTE ON FUNCTION
         @extschema@.delete_user_api_key(uuid, text), @extschema@.touch_user_api_key(uuid, text),
         @extschema@.upsert_user_gateway_config(uuid, text), @extschema@.delete_user_gateway_config(uuid),
         @extschema@.get_user_gateway_base_url(uuid), @extschema@.get_user_allow_gateway_fallback(uuid),
-        @extschema@.resolve_provider(uuid, text), _nexus_hub.require_service_role(boolean)
+        @extschema@.resolve_provider(uuid, text), _nexus_hub.require_service_role(boolean),
+        _nexus_hub.require_service_role_for(boolean, text, uuid, text)
    TO PUBLIC;
 
 SELECT _nexus_hub.grant_api();
