@@ -46,10 +46,12 @@ AS 'MODULE_PATHNAME', 'note_vault_use_wrapper';
 COMMENT ON FUNCTION _nexus_hub.note_vault_use(text, text) IS
     'Notes a use of the vault as the caller''s. kind: decrypt, get, rotate or change. object: what it was done to, no secret. Errors: 22023 unknown kind.';
 
+-- The worker has jobs to do: it does not wait for whoever has the table locked, but tries again in a while.
 CREATE FUNCTION _nexus_hub.write_vault_audit(
     p_at timestamptz[], p_kind text[], p_object text[], p_outcome text[], p_count bigint[], p_role oid[], p_sub uuid[]) RETURNS void
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
 BEGIN ATOMIC
     INSERT INTO _nexus_hub.vault_audit_log (at, kind, object, outcome, count, role, sub)
     SELECT e.at, e.kind, e.object, e.outcome, e.count, pg_get_userbyid(e.role), e.sub
@@ -61,6 +63,7 @@ COMMENT ON FUNCTION _nexus_hub.write_vault_audit(timestamptz[], text[], text[], 
 CREATE FUNCTION _nexus_hub.is_vault_audit_older(p_than interval) RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
 BEGIN ATOMIC
     SELECT EXISTS (SELECT FROM _nexus_hub.vault_audit_log l WHERE l.at < now() - p_than);
 END;
@@ -69,6 +72,7 @@ COMMENT ON FUNCTION _nexus_hub.is_vault_audit_older(interval) IS 'Called by the 
 CREATE FUNCTION _nexus_hub.prune_vault_audit(p_older_than interval, p_limit integer) RETURNS integer
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
 BEGIN ATOMIC
     WITH deleted AS (
         DELETE FROM _nexus_hub.vault_audit_log l

@@ -27,7 +27,6 @@ BEGIN
             _nexus_hub.server_exists(text),
             _nexus_hub.server_id(text),
             _nexus_hub.seal_server_config(text),
-            _nexus_hub.note_vault_use(text, text),
             _nexus_hub.check_job(text, text, text, text, boolean),
             _nexus_hub.wake_worker(),
             _nexus_hub.job_not_found(uuid),
@@ -135,6 +134,8 @@ GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_rol
         _nexus_hub.are_job_options(integer, timestamptz, integer, integer, text),
         _nexus_hub.is_job_state(text, boolean, boolean, boolean, boolean), _nexus_hub.gateway_base_url(text)
    TO PUBLIC;
+-- Whoever uses the vault is noted.
+GRANT EXECUTE ON FUNCTION _nexus_hub.note_vault_use(text, text) TO PUBLIC;
 
 -- For the service role alone, but these say so themselves, in words that callers know.
 GRANT EXECUTE ON FUNCTION

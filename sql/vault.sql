@@ -80,6 +80,7 @@ COMMENT ON FUNCTION _nexus_hub.admit_vault_key(text[], boolean) IS
 CREATE FUNCTION _nexus_hub.count_sealed_values(p_fingerprint text, p_count bigint) RETURNS boolean
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
 BEGIN ATOMIC
     WITH counted AS (
         UPDATE _nexus_hub.known_vault_keys k
@@ -94,6 +95,7 @@ COMMENT ON FUNCTION _nexus_hub.count_sealed_values(text, bigint) IS
 CREATE FUNCTION _nexus_hub.is_vault_key_worn(p_fingerprint text) RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
 BEGIN ATOMIC
     SELECT coalesce(sum(k.encrypted_count) >= 2147483648, false) FROM _nexus_hub.known_vault_keys k WHERE k.fingerprint = p_fingerprint;
 END;

@@ -13,6 +13,8 @@ const GATHER_TIME: Duration = Duration::from_millis(250);
 const BATCH: usize = 1000;
 /// How long to wait after a failure.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Failures in a row that the log tells of, where somebody else is in the way.
+const FAILURES_TOLD: u32 = 5;
 
 /// When what is to be written.
 pub struct Records {
@@ -22,8 +24,8 @@ pub struct Records {
     next_poll: Instant,
     /// After a failure.
     not_before: Option<Instant>,
-    /// Whether the log tells of that.
-    is_failing: bool,
+    /// Of them, in a row.
+    failures: u32,
     /// The worn key that the log tells of.
     told: Option<String>,
 }
@@ -31,7 +33,7 @@ pub struct Records {
 impl Records {
     pub fn new(now: Instant) -> Self {
         // At once: entries may be waiting since before this worker was there.
-        Self { due: None, next_poll: now, not_before: None, is_failing: false, told: None }
+        Self { due: None, next_poll: now, not_before: None, failures: 0, told: None }
     }
 }
 
@@ -109,7 +111,7 @@ impl Worker {
         match done {
             Ok(Some(found)) => {
                 shmem::audit::free(slots);
-                self.records.is_failing = false;
+                self.records.failures = 0;
                 let written = found.written.into_iter().chain([(shmem::tally::What::Lost, lost)]);
                 written.for_each(|(what, count)| shmem::tally::take(database, what, count));
                 if is_poll {
@@ -121,10 +123,11 @@ impl Worker {
             }
             Ok(None) => {}
             Err(failure) => {
-                if !self.records.is_failing {
+                self.records.failures += 1;
+                // Somebody may just be at work on the table.
+                if self.records.failures == if failure.transient { FAILURES_TOLD } else { 1 } {
                     log!("nexus_hub: the vault's audit was not written, and is tried again: {}", failure.message);
                 }
-                self.records.is_failing = true;
             }
         }
         self.records.due = Some(now);

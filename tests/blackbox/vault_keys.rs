@@ -474,11 +474,12 @@ fn values_are_counted_under_the_key_they_are_encrypted_with() {
             "SELECT count(encrypt_token('t')) FROM generate_series(1, 1000);
              BEGIN; SELECT count(encrypt_config('{}')) FROM generate_series(1, 100); ROLLBACK;
              BEGIN READ ONLY; SELECT encrypt_token('t'); COMMIT;
-             BEGIN; SELECT encrypt_token('t'); PREPARE TRANSACTION 'p'; COMMIT PREPARED 'p';
+             BEGIN; SELECT encrypt_token('t'); PREPARE TRANSACTION 'p';
              SELECT insert_user_api_key(NULL, 'xai', 'k');
              SELECT add_server('s', 's', '{\"url\": \"https://host/\"}', gen_random_uuid())",
         )
         .expect("encrypt");
+    client.batch_execute("ROLLBACK PREPARED 'p'").expect("rollback");
     wait_until("all are counted", || encrypted_count(&mut client) == 1104);
     assert!(!value::<bool>(&mut client, "SELECT bool_or(is_worn) FROM vault_keys"));
     // Several rows of one key, as two transactions may make them: the oldest counts.

@@ -61,8 +61,8 @@ SELECT set_eq(
               ('insert_user_api_key(uuid,text,text)', 'EXECUTE'), ('get_user_api_key(uuid,text)', 'EXECUTE'), ('delete_user_api_key(uuid,text)', 'EXECUTE'),
               ('touch_user_api_key(uuid,text)', 'EXECUTE'), ('upsert_user_gateway_config(uuid,text)', 'EXECUTE'), ('delete_user_gateway_config(uuid)', 'EXECUTE'),
               ('get_user_gateway_base_url(uuid)', 'EXECUTE'), ('get_user_allow_gateway_fallback(uuid)', 'EXECUTE'), ('resolve_provider(uuid,text)', 'EXECUTE'),
-              ('_nexus_hub.require_service_role(boolean)', 'EXECUTE'), ('_nexus_hub.require_service_role_for(boolean,text,uuid,text)', 'EXECUTE')$$,
-    'PUBLIC may execute what policies, defaults, generated columns and constraints call, what says by itself that it is for the service role, and nothing else');
+              ('_nexus_hub.require_service_role(boolean)', 'EXECUTE'), ('_nexus_hub.note_vault_use(text,text)', 'EXECUTE'), ('_nexus_hub.require_service_role_for(boolean,text,uuid,text)', 'EXECUTE')$$,
+    'PUBLIC may execute what policies, defaults, generated columns and constraints call, what says by itself that it is for the service role, what notes a use of the vault, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
 SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub'$$,
                 'the views in _nexus_hub are granted to nobody');
@@ -71,7 +71,7 @@ SELECT set_eq(
     $$SELECT f.proname::text, g.grantee FROM granted g JOIN extension_function f ON g.object = f.oid::regprocedure::text
        WHERE f.nspname = '_nexus_hub' AND g.grantee <> 'PUBLIC' AND f.proname <> 'url_authority'$$,
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
-                                             'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs', 'note_vault_use']) AS name,
+                                             'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
