@@ -53,9 +53,16 @@ pub fn write(database: pg_sys::Oid) -> Result<Vec<(What, u64)>, SpiError> {
         let What::Sealed(key) = what else { continue };
         let fingerprint = Fingerprint(key.to_be_bytes()).to_string();
         let arguments = [fingerprint.into(), i64::try_from(count).unwrap_or(i64::MAX).into()];
+        // Looked at first: a statement that might write takes a transaction id.
+        let known = "SELECT EXISTS (SELECT FROM _nexus_hub.known_vault_keys k WHERE k.fingerprint = $1)";
+        let is_there =
+            Spi::connect(|client| client.select(known, Some(1), &arguments[..1])?.first().get_one::<bool>())?;
+        if is_there != Some(true) {
+            // What was to note it was rolled back. It waits until the database knows the key.
+            continue;
+        }
         let query = "SELECT _nexus_hub.count_sealed_values($1, $2)";
         let is_known = Spi::connect_mut(|client| client.update(query, Some(1), &arguments)?.first().get_one::<bool>())?;
-        // A key that the database does not know yet, because what was to note it was rolled back, waits until it does.
         if is_known == Some(true) {
             written.push((what, count));
         }

@@ -202,6 +202,7 @@ SELECT isnt(http_get('https://host/'), NULL, 'service_role calls http_get');
 SELECT isnt(http_post('https://host/'), NULL, 'service_role calls http_post');
 SELECT isnt(http_request('PUT', 'https://host/'), NULL, 'service_role calls http_request');
 SELECT is_empty('SELECT * FROM circuit_breakers', 'service_role reads circuit_breakers');
+SELECT lives_ok('SELECT * FROM vault_audit', 'service_role reads vault_audit');
 SELECT isnt(insert_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai', 'k'), NULL, 'service_role stores a user''s API key');
 SELECT is(get_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai'), 'k', 'service_role reads a user''s API key');
 SELECT throws_ok(statement, '42501', NULL, format('service_role cannot: %s', statement))

@@ -98,6 +98,43 @@ impl Slot {
     }
 }
 
+impl Audit {
+    /// Tells whether there was room.
+    fn put(&self, database: u32, process: i32, event: &Event) -> bool {
+        let own = WRITING | process.unsigned_abs();
+        let first = self.next.fetch_add(1, Relaxed) as usize;
+        let taken = slots_of(self, database, first).find(|slot| {
+            slot.state.load(Relaxed) == FREE && slot.state.compare_exchange(FREE, own, Acquire, Relaxed).is_ok()
+        });
+        if let Some(slot) = taken {
+            slot.write(database, event);
+            slot.state.store(FULL, Release);
+        }
+        taken.is_some()
+    }
+
+    /// The slots with entries of a database.
+    fn full(&self, database: u32) -> impl Iterator<Item = &Slot> {
+        slots_of(self, database, 0).filter(move |slot| slot.is_full_of(database))
+    }
+
+    /// Frees slots that a process was writing when it was killed.
+    fn reclaim(&self) {
+        for slot in &self.slots {
+            let state = slot.state.load(Relaxed);
+            if state & WRITING == 0 {
+                continue;
+            }
+            // SAFETY: no signal is sent; it is only asked whether the process is there.
+            let is_gone = unsafe { libc::kill((state & !WRITING) as libc::pid_t, 0) } != 0
+                && std::io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH);
+            if is_gone {
+                let _ = slot.state.compare_exchange(state, FREE, SeqCst, SeqCst);
+            }
+        }
+    }
+}
+
 // pgrx's bindings put a guard around each call; a callback at a transaction's end needs none, and this raises no error.
 unsafe extern "C-unwind" {
     #[allow(non_snake_case)]
@@ -105,7 +142,7 @@ unsafe extern "C-unwind" {
 }
 
 /// The slots that a database may use, from the `first` of them on.
-fn slots_of(audit: &'static Audit, database: u32, first: usize) -> impl Iterator<Item = &'static Slot> {
+fn slots_of(audit: &Audit, database: u32, first: usize) -> impl Iterator<Item = &Slot> {
     // Oids follow each other: so that databases of neighbouring oids begin far apart.
     let home = database.wrapping_mul(0x9e37_79b9) as usize % SLOTS;
     (0..REACH).map(move |offset| &audit.slots[(home + (first + offset) % REACH) % SLOTS])
@@ -117,20 +154,9 @@ pub fn put(database: pg_sys::Oid, event: &Event) {
     // SAFETY: a look at a flag in shared memory.
     let Some(shared) = shared().filter(|_| !unsafe { RecoveryInProgress() }) else { return };
     // SAFETY: a plain global of this process.
-    let own = WRITING | unsafe { pg_sys::MyProcPid }.unsigned_abs();
-    let first = shared.audit.next.fetch_add(1, Relaxed) as usize;
-    let mut slots = slots_of(&shared.audit, database.to_u32(), first);
-    let taken = slots.find(|slot| {
-        slot.state.load(Relaxed) == FREE && slot.state.compare_exchange(FREE, own, Acquire, Relaxed).is_ok()
-    });
-    match taken {
-        Some(slot) => {
-            slot.write(database.to_u32(), event);
-            slot.state.store(FULL, Release);
-        }
-        None => {
-            tally::add(database, What::Lost, event.count);
-        }
+    let own = unsafe { pg_sys::MyProcPid };
+    if !shared.audit.put(database.to_u32(), own, event) {
+        tally::add(database, What::Lost, event.count);
     }
 }
 
@@ -160,15 +186,11 @@ pub fn full(database: pg_sys::Oid, limit: usize) -> (Vec<Event>, Vec<Full>) {
     if let Some(own) = own_slot() {
         own.noted.store(0, SeqCst);
     }
-    reclaim(&shared.audit);
-    let slots = slots_of(&shared.audit, database.to_u32(), 0).filter(|slot| slot.is_full_of(database.to_u32()));
-    let (mut events, mut taken) = (Vec::new(), Vec::new());
-    for slot in slots.take(limit) {
-        events.extend(slot.read());
-        taken.push(Full(slot));
-    }
+    shared.audit.reclaim();
+    let slots: Vec<_> = shared.audit.full(database.to_u32()).take(limit).map(Full).collect();
+    let mut events: Vec<_> = slots.iter().filter_map(|slot| slot.0.read()).collect();
     events.sort_by_key(|event| event.at);
-    (events, taken)
+    (events, slots)
 }
 
 /// A slot whose entry was read.
@@ -177,20 +199,6 @@ pub struct Full(&'static Slot);
 /// Lets go of slots whose entries are written for good.
 pub fn free(slots: Vec<Full>) {
     slots.iter().for_each(|slot| slot.0.state.store(FREE, Release));
-}
-
-/// Frees slots that a process was writing when it was killed.
-fn reclaim(audit: &Audit) {
-    for slot in &audit.slots {
-        let state = slot.state.load(Relaxed);
-        // SAFETY: no signal is sent; it is only asked whether the process is there.
-        let is_abandoned = state & WRITING != 0
-            && unsafe { libc::kill((state & !WRITING) as libc::pid_t, 0) } != 0
-            && std::io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH);
-        if is_abandoned {
-            let _ = slot.state.compare_exchange(state, FREE, SeqCst, SeqCst);
-        }
-    }
 }
 
 /// Forgets what is there of a database without the extension: nobody will write it.
@@ -208,5 +216,94 @@ fn forget_if(is_gone: impl Fn(u32) -> bool) {
     let slots = shared().map_or(&[][..], |shared| &shared.audit.slots);
     for slot in slots.iter().filter(|slot| slot.state.load(Acquire) == FULL && is_gone(slot.database.load(Relaxed))) {
         slot.state.store(FREE, Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    fn audit() -> &'static Audit {
+        // SAFETY: zero is a valid value of every atomic, as in shared memory.
+        Box::leak(unsafe { Box::new_zeroed().assume_init() })
+    }
+
+    fn event(object: Option<&str>, count: u64) -> Event {
+        let object = object.map(Object::new);
+        let (kind, outcome) = (Kind::Change, Outcome::Prepared);
+        Event { at: -5, kind, outcome, role: u32::MAX, sub: Some([7; 16]), object, count }
+    }
+
+    #[test]
+    fn what_was_put_in_comes_out_and_only_for_its_database() {
+        let audit = audit();
+        let long = "€".repeat(100);
+        let events = [None, Some(""), Some("12345678"), Some("123456789"), Some(long.as_str())].map(|o| event(o, 1));
+        let plain = Event { sub: None, kind: Kind::Decrypt, outcome: Outcome::Allowed, ..events[0] };
+        events.iter().for_each(|event| assert!(audit.put(5, 1, event)));
+        assert!(audit.put(6, 1, &plain));
+        let read = |database| audit.full(database).filter_map(Slot::read).collect::<Vec<_>>();
+        assert_eq!(read(5), events);
+        assert_eq!(read(6), [plain]);
+        assert_eq!(read(7), []);
+    }
+
+    #[test]
+    fn a_database_has_half_of_the_slots_and_leaves_the_rest_to_others() {
+        let audit = audit();
+        let put = |database| (0..SLOTS).filter(|_| audit.put(database, 1, &event(None, 1))).count();
+        assert_eq!(put(5), REACH);
+        assert!(put(6) > 0);
+        audit.full(5).take(3).for_each(|slot| slot.state.store(FREE, Release));
+        assert_eq!(put(5), 3, "room that was made is found");
+    }
+
+    #[test]
+    fn a_slot_of_a_killed_process_is_never_read_and_found_again() {
+        let audit = audit();
+        let gone = std::process::Command::new("true").spawn().and_then(|mut child| child.wait().map(|_| child.id()));
+        let (gone, own) = (gone.map_or(0, |id| id | WRITING), std::process::id() | WRITING);
+        for (slot, state) in slots_of(audit, 5, 0).zip([gone, own]) {
+            slot.write(5, &event(Some("half"), 1));
+            slot.state.store(state, SeqCst);
+        }
+        assert_eq!(audit.full(5).count(), 0);
+        audit.reclaim();
+        let states: Vec<_> = slots_of(audit, 5, 0).take(2).map(|slot| slot.state.load(SeqCst)).collect();
+        assert_eq!(states, [FREE, own], "one that lives keeps its slot");
+    }
+
+    #[test]
+    fn many_threads_lose_nothing_and_mix_nothing_up() {
+        let audit = audit();
+        let mut seen = HashSet::new();
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..4_u64)
+                .map(|writer| {
+                    scope.spawn(move || {
+                        for number in 0..20_000 {
+                            let count = writer << 32 | number;
+                            while !audit.put(5, 1, &event(Some(&count.to_string()), count)) {
+                                std::thread::yield_now();
+                            }
+                        }
+                    })
+                })
+                .collect();
+            loop {
+                let is_over = writers.iter().all(std::thread::ScopedJoinHandle::is_finished);
+                for slot in audit.full(5) {
+                    let event = slot.read().unwrap_or_else(|| panic!("unreadable"));
+                    assert_eq!(event.object, Some(Object::new(&event.count.to_string())));
+                    assert!(seen.insert(event.count));
+                    slot.state.store(FREE, Release);
+                }
+                if is_over {
+                    break;
+                }
+            }
+        });
+        assert_eq!(seen.len(), 80_000);
     }
 }
