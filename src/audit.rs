@@ -12,14 +12,21 @@ use crate::pg::xact::{self, Nested};
 use crate::pg::{claims, guc, identity};
 use pgrx::prelude::*;
 use pgrx::spi::SpiError;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 
 /// Entries that are deleted in one transaction of the worker.
 const PRUNE_BATCH: i32 = 1000;
 
+/// One, because each takes as long to find as all the rest.
+#[derive(Default)]
+struct Noted {
+    pending: Pending,
+    claims: claims::Reader,
+    is_watching: bool,
+}
+
 thread_local! {
-    static PENDING: RefCell<Pending> = RefCell::default();
-    static IS_WATCHING: Cell<bool> = const { Cell::new(false) };
+    static NOTED: RefCell<Noted> = RefCell::default();
 }
 
 /// Notes what the caller has done with the vault. `object` names what it was done to, and is no secret.
@@ -27,13 +34,15 @@ pub fn note(kind: Kind, object: Option<&str>, outcome: Outcome) {
     if !guc::audit() || !shmem::preloaded() {
         return;
     }
-    if !IS_WATCHING.replace(true) {
-        xact::watch(at_end);
-        xact::watch_nested(at_nested_end);
-    }
-    let (role, sub, nest) = (identity::caller(), claims::caller(), identity::nest());
-    let deed = Deed { kind, outcome, object, role, sub, nest };
-    PENDING.with_borrow_mut(|pending| pending.note(deed, identity::now));
+    NOTED.with_borrow_mut(|noted| {
+        if !std::mem::replace(&mut noted.is_watching, true) {
+            xact::watch(at_end);
+            xact::watch_nested(at_nested_end);
+        }
+        let nest = if kind.is_undoable() { identity::nest() } else { 0 };
+        let deed = Deed { kind, outcome, object, role: identity::caller(), sub: noted.claims.caller(), nest };
+        noted.pending.note(deed, identity::now);
+    });
 }
 
 /// [`note`] for what has just succeeded or failed.
@@ -44,7 +53,7 @@ pub fn note_result<T, E>(kind: Kind, object: Option<&str>, result: &Result<T, E>
 // These run at the end of transactions: no allocation, no error.
 
 fn at_end(end: End) {
-    PENDING.with_borrow_mut(|pending| {
+    NOTED.with_borrow_mut(|Noted { pending, .. }| {
         if pending.is_empty() {
             return;
         }
@@ -58,7 +67,7 @@ fn at_end(end: End) {
 }
 
 fn at_nested_end(end: Nested) {
-    PENDING.with_borrow_mut(|pending| match end {
+    NOTED.with_borrow_mut(|Noted { pending, .. }| match end {
         Nested::Committed { own, parent } => pending.nested_committed(own, parent),
         Nested::RolledBack { own } => pending.nested_rolled_back(own),
     });

@@ -44,7 +44,7 @@ impl Kind {
     }
 
     /// Whether a rollback undoes it.
-    fn is_undoable(self) -> bool {
+    pub fn is_undoable(self) -> bool {
         matches!(self, Self::Rotate | Self::Change)
     }
 }
@@ -172,9 +172,10 @@ pub struct Pending {
     /// How many of the entries, from the first, have their object.
     exact: usize,
     /// Of those.
-    hashes: [u64; EXACT],
-    /// What was noted last.
+    tags: [u32; EXACT],
+    /// What was noted last, and what was counted last without its object.
     last: usize,
+    last_merged: usize,
 }
 
 /// How a transaction has ended.
@@ -188,7 +189,7 @@ pub enum End {
 impl Default for Pending {
     fn default() -> Self {
         let entries = Vec::with_capacity(EXACT + MERGED + LAST_RESORT);
-        Self { entries, exact: 0, hashes: [0; EXACT], last: 0 }
+        Self { entries, exact: 0, tags: [0; EXACT], last: 0, last_merged: 0 }
     }
 }
 
@@ -204,22 +205,42 @@ impl Pending {
             entry.event.count += 1;
             return;
         }
-        let hash = hash(&deed, deed.object.map(cut));
-        let found = (0..self.exact).find(|&index| self.hashes[index] == hash && self.entries[index].is(&deed));
-        self.last = if let Some(index) = found {
+        let tag = tag(deed.object.map(cut));
+        if let Some(index) = self.find(tag, &deed) {
             self.entries[index].event.count += 1;
-            index
+            self.last = index;
         } else if self.exact < EXACT && self.exact == self.entries.len() {
-            self.hashes[self.exact] = hash;
+            self.tags[self.exact] = tag;
             self.exact += 1;
-            self.push(&deed, now)
+            self.last = self.push(&deed, now);
         } else {
-            self.merge(deed, now)
-        };
+            self.last_merged = self.merge(deed, now);
+        }
+    }
+
+    fn find(&self, tag: u32, deed: &Deed<'_>) -> Option<usize> {
+        // All of them, without a branch in between, is quicker than up to the first.
+        let equal = self.tags.iter().enumerate().fold(0_u32, |set, (index, own)| set | u32::from(*own == tag) << index);
+        let mut rest = equal & ((1 << self.exact) - 1);
+        while rest != 0 {
+            let index = rest.trailing_zeros() as usize;
+            if self.entries[index].is(deed) {
+                return Some(index);
+            }
+            rest &= rest - 1;
+        }
+        None
     }
 
     fn merge(&mut self, mut deed: Deed<'_>, now: impl FnOnce() -> i64) -> usize {
         deed.object = None;
+        if self.last_merged >= self.exact
+            && let Some(entry) = self.entries.get_mut(self.last_merged)
+            && entry.is(&deed)
+        {
+            entry.event.count += 1;
+            return self.last_merged;
+        }
         if let Some(index) = self.count_in(self.exact..self.entries.len(), &deed) {
             return index;
         }
@@ -285,17 +306,14 @@ impl Pending {
                 kept.at = kept.at.min(entry.event.at);
                 self.entries.remove(index);
                 if is_exact {
-                    self.hashes.copy_within(index + 1.., index);
+                    self.tags.copy_within(index + 1.., index);
                     self.exact -= 1;
                 }
                 continue;
             }
-            if is_exact {
-                self.hashes[index] = hash_of(&entry);
-            }
             index += 1;
         }
-        self.last = 0;
+        (self.last, self.last_merged) = (0, 0);
     }
 
     /// Whether nothing was noted.
@@ -317,33 +335,19 @@ impl Pending {
             each(&entry.event);
         }
         self.entries.clear();
-        (self.exact, self.last) = (0, 0);
+        (self.exact, self.last, self.last_merged) = (0, 0, 0);
     }
 }
 
-fn hash_of(entry: &Entry) -> u64 {
-    let Event { kind, outcome, role, sub, .. } = entry.event;
-    let deed = Deed { kind, outcome, object: None, role, sub, nest: entry.nest };
-    hash(&deed, entry.event.object.as_ref().map(Object::bytes))
-}
-
-/// Quick rather than good: what it finds is compared, and nobody gains by a collision.
-fn hash(deed: &Deed<'_>, object: Option<&[u8]>) -> u64 {
-    let first = u64::from(deed.kind as u8) | u64::from(deed.outcome as u8) << 8 | u64::from(deed.nest) << 32;
-    let mut hash = mix(mix(0, first), u64::from(deed.role));
-    if let Some(sub) = deed.sub {
-        let (high, low) = uuid::Uuid::from_bytes(sub).as_u64_pair();
-        hash = mix(mix(hash, high), low);
-    }
-    let (eights, rest) = object.unwrap_or_default().as_chunks::<8>();
-    hash = eights.iter().fold(hash, |hash, eight| mix(hash, u64::from_le_bytes(*eight)));
-    let mut last = [0; 8];
-    last[..rest.len()].copy_from_slice(rest);
-    mix(hash, u64::from_le_bytes(last) ^ (object.map_or(0, <[u8]>::len) as u64) << 56)
-}
-
-fn mix(hash: u64, word: u64) -> u64 {
-    (hash.rotate_left(5) ^ word).wrapping_mul(0x517c_c1b7_2722_0a95)
+/// Tells most names apart, and takes no time: the whole of a name is only compared where this is equal.
+fn tag(object: Option<&[u8]>) -> u32 {
+    let object = object.unwrap_or_default();
+    let (first, last) = match (object.first_chunk::<8>(), object.last_chunk::<8>()) {
+        (Some(first), Some(last)) => (u64::from_le_bytes(*first), u64::from_le_bytes(*last)),
+        _ => (object.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)), 0),
+    };
+    let mixed = (first.rotate_left(32) ^ last ^ object.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> 32) as u32
 }
 
 #[cfg(test)]

@@ -2,23 +2,27 @@
 
 use serde_json::Value;
 
-/// The caller's id, by the rule of the SQL function `nexus_hub_uid`: `sub` of the claims, else the older setting that holds
-/// nothing else; and only what is written as a uuid. Claims that are no JSON, for which that raises an error, name nobody.
-pub fn caller(claims: &str, older: &str) -> Option<[u8; 16]> {
-    let claimed = match claims {
-        "" => None,
-        text => match serde_json::from_str::<Value>(text).ok()? {
-            Value::Object(mut claims) => claims.remove("sub").filter(|sub| !sub.is_null()),
-            _ => None,
+/// Whom the claims name, by the rule of the SQL function `nexus_hub_uid`: their `sub`, if it is written as a uuid. `None`:
+/// they have none, and the older setting, which holds nothing else, is to be asked. Claims that are no JSON, for which that
+/// function raises an error, name nobody.
+pub fn named_by_claims(claims: &str) -> Option<Option<[u8; 16]>> {
+    if claims.is_empty() {
+        return None;
+    }
+    match serde_json::from_str::<Value>(claims) {
+        Ok(Value::Object(mut claims)) => match claims.remove("sub") {
+            None | Some(Value::Null) => None,
+            Some(Value::String(sub)) => Some(named_by_sub(&sub)),
+            // Written out, it is no uuid.
+            Some(_) => Some(None),
         },
-    };
-    let sub = match &claimed {
-        Some(Value::String(sub)) => sub,
-        // Of another type: written out, no uuid.
-        Some(_) => return None,
-        None => older,
-    };
-    // One of several ways of writing it that would be understood.
+        Ok(_) => None,
+        Err(_) => Some(None),
+    }
+}
+
+/// Whom the text names, if it is a uuid: in the usual form, one of several that would be understood.
+pub fn named_by_sub(sub: &str) -> Option<[u8; 16]> {
     (sub.len() == 36).then(|| uuid::Uuid::try_parse(sub).ok()).flatten().map(uuid::Uuid::into_bytes)
 }
 
@@ -46,7 +50,8 @@ mod tests {
             ("not JSON".into(), B, None),
             (String::new(), "", None),
         ] {
-            assert_eq!(caller(&claims, older), expected, "{claims} {older}");
+            let caller = named_by_claims(&claims).unwrap_or_else(|| named_by_sub(older));
+            assert_eq!(caller, expected, "{claims} {older}");
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use crate::domain::claims;
 use pgrx::pg_sys;
-use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};
 
 /// One of the settings that hold claims, as it was when it was looked at last.
@@ -27,13 +26,18 @@ impl Setting {
         let now = self.record.value(self.name);
         #[cfg(not(any(feature = "pg14", feature = "pg15")))]
         let now = value(self.name);
-        // SAFETY: a setting's text, which stays until it is set anew; NULL was told apart.
-        let now = if now.is_null() { c"" } else { unsafe { CStr::from_ptr(now) } };
-        let has_changed = now != self.text.as_c_str();
+        let now = if now.is_null() { c"".as_ptr() } else { now };
+        // SAFETY: both are C strings; a setting's stays until it is set anew.
+        let has_changed = unsafe { libc::strcmp(now, self.text.as_ptr()) } != 0;
         if has_changed {
-            self.text = now.to_owned();
+            // SAFETY: see above.
+            self.text = unsafe { CStr::from_ptr(now) }.to_owned();
         }
         has_changed
+    }
+
+    fn text(&self) -> &str {
+        self.text.to_str().unwrap_or_default()
     }
 }
 
@@ -103,29 +107,30 @@ mod record {
     }
 }
 
-/// The claims, and whom they name.
-struct Seen {
+/// The claims as they were last, and whom they name.
+pub struct Reader {
     claims: Setting,
     older: Setting,
-    caller: Option<[u8; 16]>,
+    by_claims: Option<Option<[u8; 16]>>,
+    by_older: Option<[u8; 16]>,
 }
 
-thread_local! {
-    static SEEN: RefCell<Seen> = RefCell::new(Seen {
-        claims: Setting::new(c"request.jwt.claims"),
-        older: Setting::new(c"request.jwt.claim.sub"),
-        caller: None,
-    });
+impl Default for Reader {
+    fn default() -> Self {
+        let (claims, older) = (Setting::new(c"request.jwt.claims"), Setting::new(c"request.jwt.claim.sub"));
+        Self { claims, older, by_claims: None, by_older: None }
+    }
 }
 
-/// The caller's id, as of now: what `nexus_hub_uid()` would return.
-pub fn caller() -> Option<[u8; 16]> {
-    SEEN.with_borrow_mut(|seen| {
-        // Both, or the second would stay as it was.
-        if seen.claims.look() | seen.older.look() {
-            let text = |setting: &Setting| setting.text.to_string_lossy().into_owned();
-            seen.caller = claims::caller(&text(&seen.claims), &text(&seen.older));
+impl Reader {
+    /// The caller's id, as of now: what `nexus_hub_uid()` would return.
+    pub fn caller(&mut self) -> Option<[u8; 16]> {
+        if self.claims.look() {
+            self.by_claims = claims::named_by_claims(self.claims.text());
         }
-        seen.caller
-    })
+        if self.by_claims.is_none() && self.older.look() {
+            self.by_older = claims::named_by_sub(self.older.text());
+        }
+        self.by_claims.unwrap_or(self.by_older)
+    }
 }
