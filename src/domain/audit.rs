@@ -144,6 +144,7 @@ struct Entry {
 }
 
 impl Entry {
+    #[inline]
     fn is(&self, deed: &Deed<'_>) -> bool {
         let event = &self.event;
         (event.kind, event.outcome, event.role, self.nest) == (deed.kind, deed.outcome, deed.role, deed.nest)
@@ -173,7 +174,7 @@ pub struct Pending {
     exact: usize,
     /// Of those.
     tags: [u32; EXACT],
-    /// What was noted last, and what was counted last without its object.
+    /// Which of them was noted last, and what was counted last without its object.
     last: usize,
     last_merged: usize,
 }
@@ -199,13 +200,14 @@ impl Pending {
         if !deed.kind.is_undoable() || deed.outcome != Outcome::Allowed {
             deed.nest = 0;
         }
-        if let Some(entry) = self.entries.get_mut(self.last)
+        let tag = tag(deed.object.map(cut));
+        if self.tags[self.last] == tag
+            && let Some(entry) = self.entries.get_mut(self.last)
             && entry.is(&deed)
         {
             entry.event.count += 1;
             return;
         }
-        let tag = tag(deed.object.map(cut));
         if let Some(index) = self.find(tag, &deed) {
             self.entries[index].event.count += 1;
             self.last = index;

@@ -27,6 +27,10 @@ impl Setting {
         #[cfg(not(any(feature = "pg14", feature = "pg15")))]
         let now = value(self.name);
         let now = if now.is_null() { c"".as_ptr() } else { now };
+        // SAFETY: a C string. Most sessions without claims have none for good.
+        if self.text.is_empty() && unsafe { *now } == 0 {
+            return false;
+        }
         // SAFETY: both are C strings; a setting's stays until it is set anew.
         let has_changed = unsafe { libc::strcmp(now, self.text.as_ptr()) } != 0;
         if has_changed {
