@@ -8,6 +8,14 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION _nexus_hub.api_key_context(uuid, text) IS 'The context that an API key is encrypted with, so that it opens in its own row alone.';
 
+CREATE FUNCTION _nexus_hub.api_key_object(user_id uuid, service text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT coalesce(user_id::text, 'team') || '/' || service;
+END;
+COMMENT ON FUNCTION _nexus_hub.api_key_object(uuid, text) IS 'What the audit calls an API key.';
+
 CREATE FUNCTION _nexus_hub.gateway_base_url(base_url text) RETURNS text
 LANGUAGE c IMMUTABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'gateway_base_url_wrapper';
@@ -111,6 +119,12 @@ AS 'MODULE_PATHNAME', 'require_service_role_wrapper';
 COMMENT ON FUNCTION _nexus_hub.require_service_role(boolean) IS
     'Raises 42501 Must be called as service role when the caller is bound by row-level security.';
 
+CREATE FUNCTION _nexus_hub.require_service_role_for(bound boolean, kind text, user_id uuid, service text) RETURNS void
+LANGUAGE c VOLATILE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'require_service_role_for_wrapper';
+COMMENT ON FUNCTION _nexus_hub.require_service_role_for(boolean, text, uuid, text) IS
+    'require_service_role for the use of an API key: the audit has the refusal as one of that kind.';
+
 CREATE FUNCTION _nexus_hub.api_service(service text) RETURNS text
 LANGUAGE c IMMUTABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'api_service_wrapper';
@@ -150,8 +164,10 @@ CREATE FUNCTION @extschema@.insert_user_api_key(p_user_id uuid, p_service text, 
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT _nexus_hub.require_service_role(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role());
+    SELECT _nexus_hub.require_service_role_for(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role(),
+                                               'change', p_user_id, p_service);
     SELECT _nexus_hub.api_service(p_service), _nexus_hub.api_key(p_api_key) IS NULL;
+    SELECT _nexus_hub.note_vault_use('change', _nexus_hub.api_key_object(p_user_id, _nexus_hub.api_service(p_service)));
     WITH sealed AS MATERIALIZED (
         SELECT _nexus_hub.api_service(p_service) AS service,
                @extschema@.encrypt_token(
@@ -177,9 +193,11 @@ CREATE FUNCTION @extschema@.get_user_api_key(p_user_id uuid, p_service text) RET
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT _nexus_hub.require_service_role(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role());
+    SELECT _nexus_hub.require_service_role_for(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role(),
+                                               'get', p_user_id, p_service);
     SELECT _nexus_hub.api_service(p_service);
-    SELECT @extschema@.decrypt_token(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service))
+    SELECT _nexus_hub.open_secret(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service),
+                                  _nexus_hub.api_key_object(k.user_id, k.service))
       FROM @extschema@.api_keys k
      WHERE k.service = _nexus_hub.api_service(p_service)
        AND (k.user_id = p_user_id OR (k.user_id IS NULL AND p_user_id IS NULL));
@@ -191,13 +209,14 @@ CREATE FUNCTION @extschema@.delete_user_api_key(p_user_id uuid, p_service text) 
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT _nexus_hub.require_service_role(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role());
+    SELECT _nexus_hub.require_service_role_for(row_security_active('@extschema@.api_keys'::regclass) AND NOT _nexus_hub.is_service_role(),
+                                               'change', p_user_id, p_service);
     SELECT _nexus_hub.api_service(p_service);
     WITH deleted AS (
         DELETE FROM @extschema@.api_keys k
          WHERE k.service = _nexus_hub.api_service(p_service)
            AND (k.user_id = p_user_id OR (k.user_id IS NULL AND p_user_id IS NULL))
-        RETURNING 1)
+        RETURNING _nexus_hub.note_vault_use('change', _nexus_hub.api_key_object(k.user_id, k.service)))
     SELECT count(*) > 0 FROM deleted;
 END;
 COMMENT ON FUNCTION @extschema@.delete_user_api_key(uuid, text) IS

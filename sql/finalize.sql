@@ -82,6 +82,8 @@ BEGIN
             _nexus_hub.launch_rotation(),
             _nexus_hub.set_rotation_paused(boolean),
             _nexus_hub.vault_column_list(),
+            _nexus_hub.open_secret(bytea, text, text),
+            _nexus_hub.api_key_object(uuid, text),
             _nexus_hub.api_key_context(uuid, text),
             _nexus_hub.api_service(text),
             _nexus_hub.api_key(text),
@@ -89,7 +91,8 @@ BEGIN
             _nexus_hub.model_name(text, text),
             _nexus_hub.no_api_key(text, uuid, boolean)
             TO service_role;
-        GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_columns, @extschema@.vault_rotation, @extschema@.vault_rotation_errors
+        GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_columns, @extschema@.vault_rotation, @extschema@.vault_rotation_errors,
+              @extschema@.vault_audit
            TO service_role;
     END IF;
 END
@@ -139,6 +142,8 @@ GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_uid(), _nexus_hub.is_service_rol
         _nexus_hub.are_job_options(integer, timestamptz, integer, integer, text),
         _nexus_hub.is_job_state(text, boolean, boolean, boolean, boolean), _nexus_hub.gateway_base_url(text)
    TO PUBLIC;
+-- Whoever uses the vault is noted.
+GRANT EXECUTE ON FUNCTION _nexus_hub.note_vault_use(text, text) TO PUBLIC;
 
 -- For the service role alone, but these say so themselves, in words that callers know.
 GRANT EXECUTE ON FUNCTION
@@ -146,7 +151,8 @@ GRANT EXECUTE ON FUNCTION
         @extschema@.delete_user_api_key(uuid, text), @extschema@.touch_user_api_key(uuid, text),
         @extschema@.upsert_user_gateway_config(uuid, text), @extschema@.delete_user_gateway_config(uuid),
         @extschema@.get_user_gateway_base_url(uuid), @extschema@.get_user_allow_gateway_fallback(uuid),
-        @extschema@.resolve_provider(uuid, text), _nexus_hub.require_service_role(boolean)
+        @extschema@.resolve_provider(uuid, text), _nexus_hub.require_service_role(boolean),
+        _nexus_hub.require_service_role_for(boolean, text, uuid, text)
    TO PUBLIC;
 
 SELECT _nexus_hub.grant_api();

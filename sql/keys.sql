@@ -31,13 +31,13 @@ COMMENT ON FUNCTION _nexus_hub.values_by_vault_key() IS
     'How many values are under each key, of each column by itself; NULL: those that no key of the server opens. Tries them all: a second for a million or so.';
 
 CREATE FUNCTION _nexus_hub.vault_key_state()
-RETURNS TABLE (fingerprint text, is_primary boolean, source text, first_seen timestamptz, value_count bigint)
+RETURNS TABLE (fingerprint text, is_primary boolean, source text, first_seen timestamptz, value_count bigint, encrypted_count bigint)
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT coalesce(r.fingerprint, k.fingerprint, v.fingerprint), coalesce(r.place = 1, false), r.source, k.first_seen, coalesce(v.value_count, 0)
+    SELECT coalesce(r.fingerprint, k.fingerprint, v.fingerprint), coalesce(r.place = 1, false), r.source, k.first_seen, coalesce(v.value_count, 0), k.encrypted_count
       FROM _nexus_hub.vault_key_ring() r
-      FULL JOIN (SELECT n.fingerprint, min(n.first_seen) AS first_seen FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k
+      FULL JOIN (SELECT n.fingerprint, min(n.first_seen) AS first_seen, sum(n.encrypted_count)::bigint AS encrypted_count FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k
              ON k.fingerprint = r.fingerprint
       FULL JOIN (SELECT b.fingerprint, sum(b.value_count)::bigint AS value_count FROM _nexus_hub.values_by_vault_key() b GROUP BY b.fingerprint) AS v
              ON v.fingerprint = r.fingerprint
@@ -46,7 +46,8 @@ END;
 COMMENT ON FUNCTION _nexus_hub.vault_key_state() IS 'What the view vault_keys shows. The caller has been found to be trusted.';
 
 CREATE VIEW @extschema@.vault_keys WITH (security_barrier) AS
-    SELECT s.fingerprint, s.is_primary, s.source, s.first_seen, s.value_count FROM _nexus_hub.vault_key_state() AS s;
+    SELECT s.fingerprint, s.is_primary, s.source, s.first_seen, s.value_count, s.encrypted_count,
+           coalesce(s.encrypted_count >= 2147483648, false) AS is_worn FROM _nexus_hub.vault_key_state() AS s;
 COMMENT ON VIEW @extschema@.vault_keys IS
     'The vault''s keys, never the keys themselves: those of the server, and those that this database has encrypted under. Errors: F0000 the keys'' source cannot be used.';
 COMMENT ON COLUMN @extschema@.vault_keys.fingerprint IS 'The key''s fingerprint. NULL: the values that no key of the server opens.';
@@ -54,3 +55,5 @@ COMMENT ON COLUMN @extschema@.vault_keys.is_primary IS 'Whether it is the key th
 COMMENT ON COLUMN @extschema@.vault_keys.source IS 'What the server has it from; NULL: the server does not have it.';
 COMMENT ON COLUMN @extschema@.vault_keys.first_seen IS 'When it encrypted here first; NULL: never yet.';
 COMMENT ON COLUMN @extschema@.vault_keys.value_count IS 'Values of the vault''s tables and of registered columns that are under it. At 0 an older key can be removed; values elsewhere are not counted. Counted anew at each look: a second for a million or so.';
+COMMENT ON COLUMN @extschema@.vault_keys.encrypted_count IS 'Values that were encrypted under it in this database since it was used here first, about: those of the last nexus_hub.poll_interval, and those before a crash of the server, are missing. NULL: none, or nexus_hub is not preloaded.';
+COMMENT ON COLUMN @extschema@.vault_keys.is_worn IS 'Whether it has encrypted 2^31 values or more, of the 2^32 for which AES-GCM with random IVs is safe: time to put a new key above it and to rotate.';

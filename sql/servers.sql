@@ -109,7 +109,7 @@ BEGIN ATOMIC
             coalesce(p_name, p_server_id),
             _nexus_hub.seal_server_config(p_config::text))
         ON CONFLICT (user_id, server_id) DO NOTHING
-        RETURNING id)
+        RETURNING id, _nexus_hub.note_vault_use('change', 'server ' || id::text))
     SELECT coalesce((SELECT id FROM added), _nexus_hub.server_exists(p_server_id));
 END;
 COMMENT ON FUNCTION @extschema@.add_server(text, text, jsonb, uuid) IS
@@ -123,7 +123,8 @@ BEGIN ATOMIC
     -- Apart from the next statement, because reading the old ciphertext is a right that users don't have.
     UPDATE @extschema@.user_servers
        SET config_encrypted = _nexus_hub.seal_server_config(p_config::text)
-     WHERE id = p_id AND p_config IS NOT NULL;
+     WHERE id = p_id AND p_config IS NOT NULL
+    RETURNING _nexus_hub.note_vault_use('change', 'server ' || p_id::text);
     WITH updated AS (
         UPDATE @extschema@.user_servers
            SET name = coalesce(p_name, name), enabled = coalesce(p_enabled, enabled), updated_at = now()
@@ -138,7 +139,9 @@ CREATE FUNCTION @extschema@.delete_server(p_id uuid) RETURNS boolean
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    WITH deleted AS (DELETE FROM @extschema@.user_servers WHERE id = p_id RETURNING 1)
+    WITH deleted AS (
+        DELETE FROM @extschema@.user_servers WHERE id = p_id
+        RETURNING _nexus_hub.note_vault_use('change', 'server ' || p_id::text))
     SELECT count(*) > 0 FROM deleted;
 END;
 COMMENT ON FUNCTION @extschema@.delete_server(uuid) IS

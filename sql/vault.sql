@@ -40,12 +40,16 @@ COMMENT ON FUNCTION @extschema@.decrypt_config(bytea, text) IS
 CREATE TABLE _nexus_hub.known_vault_keys (
     fingerprint text NOT NULL
         CONSTRAINT known_vault_keys_fingerprint_form CHECK (fingerprint ~ '^[0-9a-f]{16}$'),
-    first_seen timestamptz NOT NULL DEFAULT now()
+    first_seen timestamptz NOT NULL DEFAULT now(),
+    encrypted_count bigint
 );
+-- It has no key, and the worker counts in it: without this, not where a publication is for all tables.
+ALTER TABLE _nexus_hub.known_vault_keys REPLICA IDENTITY FULL;
 COMMENT ON TABLE _nexus_hub.known_vault_keys IS
     'The keys that this database has encrypted under, by their fingerprints. It goes with the database''s dump, so that a server with another key knows better than to encrypt.';
 COMMENT ON COLUMN _nexus_hub.known_vault_keys.fingerprint IS 'The key''s fingerprint, perhaps in several rows: the first 8 bytes, in hex, of a GMAC of a constant text under it. It tells nothing of the key.';
 COMMENT ON COLUMN _nexus_hub.known_vault_keys.first_seen IS 'When the key was used here first.';
+COMMENT ON COLUMN _nexus_hub.known_vault_keys.encrypted_count IS 'How many values were encrypted under the key, in the oldest of its rows; written by the worker at its poll. NULL: none were counted.';
 SELECT pg_catalog.pg_extension_config_dump('_nexus_hub.known_vault_keys', '');
 
 CREATE FUNCTION _nexus_hub.make_vault_key_known(p_fingerprint text) RETURNS void
@@ -73,6 +77,37 @@ $$;
 COMMENT ON FUNCTION _nexus_hub.admit_vault_key(text[], boolean) IS
     'Whether the first key of a ring is known, and all that are, as of before the call. Notes the first one when no key is known, or one of the ring''s is.';
 
+CREATE FUNCTION _nexus_hub.count_sealed_values(p_fingerprint text, p_count bigint) RETURNS boolean
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
+BEGIN ATOMIC
+    WITH counted AS (
+        UPDATE _nexus_hub.known_vault_keys k
+           SET encrypted_count = coalesce(k.encrypted_count, 0) + p_count
+         WHERE k.ctid = (SELECT o.ctid FROM _nexus_hub.known_vault_keys o WHERE o.fingerprint = p_fingerprint ORDER BY o.first_seen, o.ctid LIMIT 1)
+        RETURNING 1)
+    SELECT count(*) > 0 FROM counted;
+END;
+COMMENT ON FUNCTION _nexus_hub.count_sealed_values(text, bigint) IS
+    'Called by the worker: counts values that were encrypted under a key; false when the key is not known.';
+
+CREATE FUNCTION _nexus_hub.is_vault_key_worn(p_fingerprint text) RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
+BEGIN ATOMIC
+    SELECT coalesce(sum(k.encrypted_count) >= 2147483648, false) FROM _nexus_hub.known_vault_keys k WHERE k.fingerprint = p_fingerprint;
+END;
+COMMENT ON FUNCTION _nexus_hub.is_vault_key_worn(text) IS
+    'Whether a key has encrypted so much that there should be another: half of the 2^32 values for which AES-GCM with random IVs is safe (NIST SP 800-38D).';
+
+CREATE FUNCTION _nexus_hub.open_secret(encrypted bytea, context text, object text) RETURNS text
+LANGUAGE c STABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'open_secret_wrapper';
+COMMENT ON FUNCTION _nexus_hub.open_secret(bytea, text, text) IS
+    'decrypt_token for a stored secret: the audit has it as a get of the object, not as a decrypt.';
+
 CREATE FUNCTION _nexus_hub.vault_key_fingerprint() RETURNS text
 LANGUAGE c STABLE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'vault_key_fingerprint_wrapper';
@@ -89,6 +124,7 @@ LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT _nexus_hub.make_vault_key_known(_nexus_hub.vault_key_fingerprint());
+    SELECT _nexus_hub.note_vault_use('rotate', _nexus_hub.vault_key_fingerprint());
     SELECT _nexus_hub.vault_key_fingerprint();
 END;
 COMMENT ON FUNCTION @extschema@.adopt_vault_key() IS

@@ -1,5 +1,6 @@
 //! Users' own API keys: what their SQL functions check, and the errors they raise. Nothing here sees a stored key.
 
+use crate::audit::{self, Outcome};
 use crate::domain::provider::{self, GATEWAY, Model, OPENROUTER, SERVICES};
 use crate::pg::error::{ErrorReport, Kind, error};
 use pgrx::prelude::*;
@@ -15,6 +16,26 @@ fn require_service_role(bound: bool) -> Result<(), ErrorReport> {
             .set_hint("Call it as the role service_role: over PostgREST, with a JWT whose role is service_role."));
     }
     Ok(())
+}
+
+/// The same, noted in the audit for a user's key; see the function's COMMENT.
+#[pg_extern(sql = false)]
+fn require_service_role_for(
+    bound: bool,
+    kind: Option<&str>,
+    user_id: Option<pgrx::Uuid>,
+    service: Option<&str>,
+) -> Result<(), ErrorReport> {
+    let required = require_service_role(bound);
+    if required.is_err()
+        && let Some(kind) = kind.and_then(audit::Kind::named)
+    {
+        let user = user_id.map_or("team".into(), |user| uuid::Uuid::from_bytes(*user.as_bytes()).to_string());
+        // What is no service may be a key, where the arguments were mixed up.
+        let object = format!("{user}/{}", service.and_then(provider::service).unwrap_or("?"));
+        audit::note(kind, Some(&object), Outcome::Refused);
+    }
+    required
 }
 
 /// A service's name as it is stored.

@@ -1,7 +1,9 @@
 //! The pure floor: no PostgreSQL, no network, no clock and no randomness of its own. Tested by `cargo test --lib`.
 
+pub mod audit;
 pub mod backoff;
 pub mod breaker;
+pub mod claims;
 pub mod egress;
 pub mod envelope;
 pub mod job;

@@ -1,10 +1,11 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `byok`, `jobs`, `servers`, `vault` → `net` and `pg` →
+//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `jobs`, `servers`, `vault` → `net` and `pg` →
 //! `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
 
+mod audit;
 mod byok;
 mod domain;
 mod jobs;
@@ -20,7 +21,8 @@ pgrx::pg_module_magic!();
 
 // All SQL is written by hand: pgrx would create its functions in whatever schema comes first in the search path.
 extension_sql_file!("../sql/bootstrap.sql", name = "bootstrap", bootstrap);
-extension_sql_file!("../sql/vault.sql", name = "vault", requires = ["bootstrap"]);
+extension_sql_file!("../sql/audit.sql", name = "audit", requires = ["bootstrap"]);
+extension_sql_file!("../sql/vault.sql", name = "vault", requires = ["audit"]);
 extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]);
 extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
 extension_sql_file!("../sql/byok.sql", name = "byok", requires = ["jobs"]);

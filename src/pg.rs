@@ -5,6 +5,7 @@
 pub mod app_settings;
 pub mod bgworker;
 pub mod catalog;
+pub mod claims;
 pub mod error;
 pub mod guc;
 pub mod hooks;

@@ -1,5 +1,6 @@
 //! Servers: what add_server and update_server need beyond SQL, and how a config is read back for the worker.
 
+use crate::audit::{self, Outcome};
 use crate::net::endpoint::Endpoint;
 use crate::net::outbound;
 use crate::pg::error::{ErrorReport, Kind, error};
@@ -21,6 +22,10 @@ fn owner(
 ) -> Result<Option<pgrx::Uuid>, ErrorReport> {
     let owner = user_id.or(caller);
     if bound && owner.is_some() && owner != caller {
+        // Servers need an owner, jobs do not.
+        if required {
+            audit::note(audit::Kind::Change, Some("server"), Outcome::Refused);
+        }
         return Err(error(Kind::NotAllowed, "p_user_id is not the caller's own")
             .set_hint("Leave p_user_id NULL, or act as service_role."));
     }

@@ -6,9 +6,12 @@ mod keys;
 pub mod online;
 mod rotation;
 mod sweep;
+mod wear;
 
 pub use custody::stranger;
+pub use wear::{worn, write as write_wear};
 
+use crate::audit::{self, Kind as Use};
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::json::is_storable;
 use crate::pg::error::{ErrorReport, Kind, error};
@@ -26,19 +29,38 @@ fn encrypt_token(token: Option<&str>, context: Option<&str>) -> Result<Option<Ve
 /// Decrypts a text; see the function's COMMENT.
 #[pg_extern(sql = false)]
 fn decrypt_token(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<Plaintext>, ErrorReport> {
-    encrypted.map(|encrypted| open(encrypted, context).map(Plaintext)).transpose()
+    let Some(encrypted) = encrypted else { return Ok(None) };
+    let opened = open(encrypted, context);
+    audit::note_result(Use::Decrypt, context, &opened);
+    opened.map(Plaintext).map(Some)
 }
 
 /// Decrypts a text that must be JSON; see the function's COMMENT.
 #[pg_extern(sql = false)]
 fn decrypt_json(encrypted: Option<&[u8]>, context: Option<&str>) -> Result<Option<Plaintext>, ErrorReport> {
     let Some(encrypted) = encrypted else { return Ok(None) };
-    let text = open(encrypted, context)?;
-    if !is_storable(&text) {
-        return Err(error(Kind::BadArgument, "the decrypted value is not JSON")
-            .set_hint("decrypt_token opens values that are plain text."));
-    }
-    Ok(Some(Plaintext(text)))
+    let opened = open(encrypted, context).and_then(|text| {
+        if is_storable(&text) {
+            return Ok(text);
+        }
+        Err(error(Kind::BadArgument, "the decrypted value is not JSON")
+            .set_hint("decrypt_token opens values that are plain text."))
+    });
+    audit::note_result(Use::Decrypt, context, &opened);
+    opened.map(Plaintext).map(Some)
+}
+
+/// Decrypts a stored secret; see the function's COMMENT.
+#[pg_extern(sql = false)]
+fn open_secret(
+    encrypted: Option<&[u8]>,
+    context: Option<&str>,
+    object: Option<&str>,
+) -> Result<Option<Plaintext>, ErrorReport> {
+    let Some(encrypted) = encrypted else { return Ok(None) };
+    let opened = open(encrypted, context);
+    audit::note_result(Use::Get, object, &opened);
+    opened.map(Plaintext).map(Some)
 }
 
 /// Why the configured keys can't be used, if so: for the log, at a reload. That none is configured is no problem.
@@ -54,8 +76,11 @@ pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let ring = keys::ring()?;
     custody::admit(&ring)?;
     let iv = random::bytes()?;
-    ring.seal(iv, text.as_bytes(), context.unwrap_or_default().as_bytes())
-        .ok_or_else(|| error(Kind::BadArgument, "the value is too long to be encrypted"))
+    let sealed = ring
+        .seal(iv, text.as_bytes(), context.unwrap_or_default().as_bytes())
+        .ok_or_else(|| error(Kind::BadArgument, "the value is too long to be encrypted"))?;
+    wear::note(&ring);
+    Ok(sealed)
 }
 
 /// Decrypts a text with whichever vault key fits.

@@ -31,6 +31,8 @@ static REQUEST_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 static MAX_RESPONSE_BYTES: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024 * 1024);
 static SESSION_IDLE_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(300_000);
 static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
+static AUDIT: GucSetting<bool> = GucSetting::<bool>::new(true);
+static AUDIT_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(90 * 24 * 60);
 
 /// Who makes the calls to MCP servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
@@ -264,6 +266,24 @@ pub fn register() {
         GucContext::Sighup,
         GucFlags::UNIT_MS,
     );
+    GucRegistry::define_bool_guc(
+        c"nexus_hub.audit",
+        c"Whether the use of the vault is noted in the view vault_audit.",
+        c"",
+        &AUDIT,
+        GucContext::Suset,
+        GucFlags::empty(),
+    );
+    GucRegistry::define_int_guc(
+        c"nexus_hub.audit_retention",
+        c"Time after which the worker deletes entries of vault_audit; 0: never.",
+        c"",
+        &AUDIT_RETENTION_MIN,
+        0,
+        i32::MAX,
+        GucContext::Suset,
+        GucFlags::UNIT_MIN,
+    );
     // Misspelt settings in postgresql.conf are reported instead of ignored.
     #[cfg(feature = "pg14")]
     // SAFETY: the prefix is a static C string.
@@ -344,6 +364,11 @@ fn os_string(setting: &GucSetting<Option<CString>>) -> Option<OsString> {
     setting.get().map(CString::into_bytes).filter(|text| !text.is_empty()).map(OsString::from_vec)
 }
 
+/// `nexus_hub.audit`.
+pub fn audit() -> bool {
+    AUDIT.get()
+}
+
 /// When this process last read the configuration files: caches of what they name are good until it changes.
 pub fn configuration_loaded_at() -> i64 {
     // SAFETY: a plain global of this process, written only by its main thread.
@@ -371,6 +396,8 @@ pub struct WorkerSettings {
     pub max_response_bytes: usize,
     pub session_idle_timeout: Duration,
     pub poll_interval: Duration,
+    /// In minutes; 0: for ever.
+    pub audit_retention: i32,
 }
 
 /// The worker's settings as they are now.
@@ -395,5 +422,6 @@ pub fn worker_settings() -> WorkerSettings {
         max_response_bytes: size(&MAX_RESPONSE_BYTES),
         session_idle_timeout: time(&SESSION_IDLE_TIMEOUT_MS),
         poll_interval: time(&POLL_INTERVAL_MS),
+        audit_retention: AUDIT_RETENTION_MIN.get(),
     }
 }

@@ -39,6 +39,38 @@ pub fn owns_table(table: pg_sys::Oid) -> bool {
     }
 }
 
+// pgrx's bindings put a guard around each call, which takes longer than these, and these raise no error.
+unsafe extern "C-unwind" {
+    #[allow(non_snake_case)]
+    fn GetOuterUserId() -> pg_sys::Oid;
+    #[allow(non_snake_case)]
+    fn GetCurrentSubTransactionId() -> pg_sys::SubTransactionId;
+}
+
+/// Who is calling: the current user outside of all SECURITY DEFINER functions, as the session or SET ROLE has it.
+pub fn caller() -> u32 {
+    // SAFETY: a plain global of this process.
+    unsafe { GetOuterUserId().to_u32() }
+}
+
+/// The running subtransaction.
+pub fn nest() -> u32 {
+    // SAFETY: a look at the state of the running transaction.
+    unsafe { GetCurrentSubTransactionId() }
+}
+
+/// What time it is, in microseconds of PostgreSQL's.
+pub fn now() -> i64 {
+    // SAFETY: a look at the clock.
+    unsafe { pg_sys::GetCurrentTimestamp() }
+}
+
+/// The database of this process.
+pub fn database() -> pg_sys::Oid {
+    // SAFETY: a plain global of this process.
+    unsafe { pg_sys::MyDatabaseId }
+}
+
 /// Whether the running transaction may write rows.
 pub fn may_write() -> bool {
     // SAFETY: plain globals of this process, and looks at its state.

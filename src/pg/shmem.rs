@@ -3,7 +3,9 @@
 //! All of it is atomics, so a process killed at any point leaves no lock behind, and a commit callback can use it
 //! without a chance to fail.
 
+pub mod audit;
 pub mod keys;
+pub mod tally;
 
 use pgrx::prelude::*;
 use std::cell::UnsafeCell;
@@ -79,6 +81,8 @@ struct Slot {
     /// Something was committed that the worker has to look for. The latch alone would not do: the worker's own lock
     /// waits and waits for replication use it up.
     wake: AtomicBool,
+    /// Entries of the audit that were put in since the worker took some: see [`audit`].
+    noted: AtomicU32,
     latch: AtomicPtr<pg_sys::Latch>,
 }
 
@@ -89,6 +93,8 @@ struct Shared {
     wanted: [AtomicU32; MAX_WANTED],
     slots: [Slot; MAX_WORKERS],
     keys: keys::Keys,
+    tallies: tally::Tallies,
+    audit: audit::Audit,
     job_finished: UnsafeCell<pg_sys::ConditionVariable>,
 }
 
@@ -280,6 +286,7 @@ pub fn reserve_slot(database: pg_sys::Oid, place: Place) -> Option<usize> {
     slot.look.store(false, SeqCst);
     slot.poll.store(false, SeqCst);
     slot.wake.store(false, SeqCst);
+    slot.noted.store(0, SeqCst);
     slot.place.store(place.into_u32(), SeqCst);
     slot.holder.store(0, SeqCst);
     slot.latch.store(null_mut(), SeqCst);

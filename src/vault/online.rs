@@ -11,6 +11,7 @@ pub use check::in_the_way;
 
 use super::columns::{self, Leaf};
 use super::{custody, keys, sweep};
+use crate::audit;
 use crate::domain::keyring::KeyRing;
 use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
 use crate::pg::{identity, shmem, xact};
@@ -52,6 +53,12 @@ fn internal(problem: SpiError) -> ErrorReport {
 /// Begins a rotation; see the COMMENT of start_vault_rotation.
 #[pg_extern(sql = false)]
 fn launch_rotation() -> Result<String, ErrorReport> {
+    let launched = launch();
+    audit::note_result(audit::Kind::Rotate, launched.as_deref().ok(), &launched);
+    launched
+}
+
+fn launch() -> Result<String, ErrorReport> {
     if !shmem::preloaded() {
         return Err(not_preloaded());
     }

@@ -1,6 +1,8 @@
 //! Rotation of the vault's keys in one transaction: what `rotate_vault_key` needs beyond SQL.
 
-use super::{columns, custody, keys, sweep};
+use super::{columns, custody, keys, sweep, wear};
+use crate::audit;
+use crate::domain::envelope::Fingerprint;
 use crate::domain::keyring::{self, KeyRing, RawKey, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::{app_settings, random, snapshot, xact};
@@ -42,6 +44,16 @@ fn forget() {
 /// Takes the keys of a rotation up, for the rest of the transaction.
 #[pg_extern(sql = false)]
 fn begin_key_rotation() -> Result<(), ErrorReport> {
+    let begun = begin();
+    let to = begun.as_ref().ok().and_then(|ring| ring.fingerprints().first()).map(Fingerprint::to_string);
+    audit::note_result(audit::Kind::Rotate, to.as_deref(), &begun);
+    let ring = begun?;
+    xact::at_end(forget);
+    ROTATION.set(Some(Rotation { ring, resealed: 0, errors: Vec::new(), untold: 0 }));
+    Ok(())
+}
+
+fn begin() -> Result<Rc<KeyRing>, ErrorReport> {
     if snapshot::is_frozen() {
         return Err(error(Kind::NotReady, "a rotation needs the isolation level READ COMMITTED")
             .set_detail("This transaction does not see what others have committed since it began, and would leave it under the old key.")
@@ -56,9 +68,7 @@ fn begin_key_rotation() -> Result<(), ErrorReport> {
         _ => return Err(no_keys()),
     };
     custody::adopt(&ring)?;
-    xact::at_end(forget);
-    ROTATION.set(Some(Rotation { ring, resealed: 0, errors: Vec::new(), untold: 0 }));
-    Ok(())
+    Ok(ring)
 }
 
 fn key(setting: &str, text: &str) -> Result<Zeroizing<RawKey>, ErrorReport> {
@@ -92,6 +102,7 @@ fn reseal(
         match rotation.ring.reseal(encrypted, context, random::bytes)? {
             Resealed::Anew(anew) => {
                 rotation.resealed += 1;
+                wear::note(&rotation.ring);
                 return Ok(Some(anew));
             }
             Resealed::Already => {}

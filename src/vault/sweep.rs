@@ -2,6 +2,7 @@
 //! with the rights of the table's owner: what runs there (a context's expression, a CHECK) is the owner's.
 
 use super::columns::Leaf;
+use super::wear;
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::keyring::{KeyRing, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
@@ -116,6 +117,7 @@ pub fn reseal(
             match ring.reseal(&value.encrypted, value.context.as_bytes(), random::bytes)? {
                 Resealed::Already => {}
                 Resealed::Anew(anew) => {
+                    wear::note(ring);
                     rows.push(value.row);
                     sealed.push(anew);
                 }

@@ -5,6 +5,7 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
+use super::record::Records;
 use super::step::{Running, Step, finished};
 use super::{rotate, start};
 use crate::domain::schedule::{BreakerState, Pick, Schedule};
@@ -88,6 +89,8 @@ pub struct Worker {
     /// Polls at which memory is given back: after work, until the connections that were kept are closed, too.
     pub trims_due: u32,
     pub next_poll: Instant,
+    /// What is written for sessions.
+    pub records: Records,
     pub failures: u32,
     /// No transaction before this time.
     pub not_before: Option<Instant>,
@@ -127,6 +130,7 @@ impl Worker {
                 Ok(Step::Done(done)) => self.settle(done),
                 Ok(Step::ExtensionGone { replaced }) => {
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
+                    shmem::audit::forget(self.database);
                     shmem::set_worker_state(state);
                     return GONE;
                 }
@@ -136,6 +140,7 @@ impl Worker {
                     }
                 }
             }
+            self.record();
             self.wait();
             if self.in_flight.len() >= GATHER_IN_FLIGHT && (1..GATHER_OUTCOMES).contains(&self.tried.len()) {
                 std::thread::sleep(GATHER_TIME);
@@ -175,6 +180,7 @@ impl Worker {
 
     fn wait(&mut self) {
         self.take_wakes();
+        let record_at = self.record_at();
         let now = Instant::now();
         let may_claim = self.settings.enabled && !self.outdated;
         let is_feed_due = || self.feed.is_due(&self.schedule, self.schedule.room() > 0, now);
@@ -203,6 +209,7 @@ impl Worker {
                 .chain(self.backlog.look_again())
                 .chain(drained)
                 .chain(self.flush_at)
+                .chain(record_at)
                 .chain([self.next_poll])
                 .min()
                 .unwrap_or(now);
@@ -254,6 +261,7 @@ impl Worker {
                 log!("nexus_hub: the jobs in flight were not given back: {}", failure.message);
             }
         }
+        self.record_last();
         if shmem::leave_requested() {
             shmem::set_worker_state(WorkerState::Left);
         }

@@ -3,6 +3,7 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
+use super::record::Records;
 use super::rotate;
 use super::run::{GONE, RESTART, Worker};
 use crate::domain::breaker::Rules;
@@ -54,6 +55,7 @@ pub fn main(slot: usize) -> i32 {
     let (extension, queue, database_settings, edge) = match opened {
         Ok(Some(opened)) => opened,
         Ok(None) => {
+            shmem::audit::forget(database);
             shmem::set_worker_state(WorkerState::NoExtension);
             return GONE;
         }
@@ -121,6 +123,7 @@ pub fn main(slot: usize) -> i32 {
         trims_due: 0,
         // At once: jobs of a worker that is gone are given back by the poll.
         next_poll: now,
+        records: Records::new(now),
         failures: 0,
         not_before: None,
         rotation: rotate::Post::default(),

@@ -1,6 +1,7 @@
 //! Black-box tests: real clusters, real commits, real kills. `make test` installs what they need.
 
 mod architecture;
+mod audit;
 mod edge;
 mod egress;
 mod hostile;

@@ -458,3 +458,83 @@ fn a_restored_dump_knows_its_key() {
     wait_until("with its key it is as before", || encrypts_under(&mut client, KEY));
     assert_eq!(shown(&mut client), [(true, "nexus_hub.vault_key_file".to_owned(), true, 1)]);
 }
+
+/// The values that the view has under the key that encrypts.
+fn encrypted_count(client: &mut Client) -> i64 {
+    value(client, "SELECT coalesce(max(encrypted_count), 0) FROM vault_keys WHERE is_primary")
+}
+
+#[test]
+fn values_are_counted_under_the_key_they_are_encrypted_with() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100", "max_prepared_transactions = 5"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .batch_execute(
+            "SELECT count(encrypt_token('t')) FROM generate_series(1, 1000);
+             BEGIN; SELECT count(encrypt_config('{}')) FROM generate_series(1, 100); ROLLBACK;
+             BEGIN READ ONLY; SELECT encrypt_token('t'); COMMIT;
+             BEGIN; SELECT encrypt_token('t'); PREPARE TRANSACTION 'p';
+             SELECT insert_user_api_key(NULL, 'xai', 'k');
+             SELECT add_server('s', 's', '{\"url\": \"https://host/\"}', gen_random_uuid())",
+        )
+        .expect("encrypt");
+    client.batch_execute("ROLLBACK PREPARED 'p'").expect("rollback");
+    wait_until("all are counted", || encrypted_count(&mut client) == 1104);
+    assert!(!value::<bool>(&mut client, "SELECT bool_or(is_worn) FROM vault_keys"));
+    // Several rows of one key, as two transactions may make them: the oldest counts.
+    client
+        .batch_execute("INSERT INTO _nexus_hub.known_vault_keys (fingerprint) SELECT fingerprint FROM _nexus_hub.known_vault_keys; SELECT encrypt_token('t')")
+        .expect("another row");
+    wait_until("it is counted", || encrypted_count(&mut client) == 1105);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(encrypted_count) FROM _nexus_hub.known_vault_keys"), 1);
+
+    // Right before the end of the server, which does not wait for a poll.
+    cluster.configure(&["nexus_hub.poll_interval = '1h'", "max_prepared_transactions = 5"]);
+    drop(client);
+    cluster.pg_ctl(&["restart", "-m", "fast"]);
+    let mut client = cluster.reconnect(&database.name);
+    database.wait_for_worker();
+    client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    drop(client);
+    cluster.configure(&["nexus_hub.poll_interval = 100"]);
+    cluster.pg_ctl(&["restart", "-m", "fast"]);
+    let mut client = cluster.reconnect(&database.name);
+    wait_until("the restart has kept it", || encrypted_count(&mut client) == 1106);
+
+    // A rotation is counted under the new key.
+    cluster.write_key_file(&format!("{OTHER_KEY}\n{KEY}"));
+    reload(&mut client);
+    wait_until("the new key", || value(&mut client, "SELECT count(*) = 2 FROM vault_keys WHERE source IS NOT NULL"));
+    client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    wait_until("it is counted", || encrypted_count(&mut client) > 0);
+    let before = encrypted_count(&mut client);
+    client.batch_execute("SELECT * FROM rotate_vault_key()").expect("rotate");
+    wait_until("the rotation is counted", || encrypted_count(&mut client) == before + 2);
+    let older: i64 =
+        value(&mut client, "SELECT encrypted_count FROM vault_keys WHERE NOT is_primary AND source IS NOT NULL");
+    assert_eq!(older, 1106);
+}
+
+#[test]
+fn a_worn_key_is_told_of_once() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    wait_until("it is counted", || encrypted_count(&mut client) == 1);
+    client.batch_execute("UPDATE _nexus_hub.known_vault_keys SET encrypted_count = 2147483646").expect("UPDATE");
+    client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    wait_until("it is counted", || encrypted_count(&mut client) == 2_147_483_647);
+    assert!(!value::<bool>(&mut client, "SELECT is_worn FROM vault_keys"));
+    let told = |cluster: &Cluster| cluster.log().matches("has encrypted more than 2^31 values").count();
+    assert_eq!(told(&cluster), 0);
+    client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    wait_until("the log tells", || told(&cluster) == 1);
+    assert!(value::<bool>(&mut client, "SELECT is_worn FROM vault_keys"));
+    for more in 1..4 {
+        client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+        wait_until("another poll", || encrypted_count(&mut client) == 2_147_483_648 + more);
+    }
+    assert_eq!(told(&cluster), 1, "once, and not at each poll");
+}

@@ -346,7 +346,7 @@ CREATE ROLE nexus_hub_test_member NOLOGIN NOINHERIT IN ROLE service_role;
 GRANT USAGE ON SCHEMA :"schema" TO anon, nexus_hub_test_bypass, nexus_hub_test_owner, nexus_hub_test_plain, nexus_hub_test_rich, nexus_hub_test_heir, nexus_hub_test_member;
 GRANT USAGE ON SCHEMA _nexus_hub TO nexus_hub_test_rich;
 GRANT ALL ON api_keys, api_gateway_configs, user_settings TO nexus_hub_test_bypass, nexus_hub_test_rich;
-GRANT EXECUTE ON FUNCTION encrypt_token(text, text), decrypt_token(bytea, text), _nexus_hub.api_key_context(uuid, text), _nexus_hub.api_service(text), _nexus_hub.api_key(text),
+GRANT EXECUTE ON FUNCTION encrypt_token(text, text), _nexus_hub.open_secret(bytea, text, text), _nexus_hub.api_key_object(uuid, text), _nexus_hub.api_key_context(uuid, text), _nexus_hub.api_service(text), _nexus_hub.api_key(text),
         _nexus_hub.model_provider(text), _nexus_hub.model_name(text, text), _nexus_hub.no_api_key(text, uuid, boolean)
    TO nexus_hub_test_bypass, nexus_hub_test_owner, nexus_hub_test_rich;
 

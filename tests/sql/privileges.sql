@@ -61,8 +61,8 @@ SELECT set_eq(
               ('insert_user_api_key(uuid,text,text)', 'EXECUTE'), ('get_user_api_key(uuid,text)', 'EXECUTE'), ('delete_user_api_key(uuid,text)', 'EXECUTE'),
               ('touch_user_api_key(uuid,text)', 'EXECUTE'), ('upsert_user_gateway_config(uuid,text)', 'EXECUTE'), ('delete_user_gateway_config(uuid)', 'EXECUTE'),
               ('get_user_gateway_base_url(uuid)', 'EXECUTE'), ('get_user_allow_gateway_fallback(uuid)', 'EXECUTE'), ('resolve_provider(uuid,text)', 'EXECUTE'),
-              ('_nexus_hub.require_service_role(boolean)', 'EXECUTE')$$,
-    'PUBLIC may execute what policies, defaults, generated columns and constraints call, what says by itself that it is for the service role, and nothing else');
+              ('_nexus_hub.require_service_role(boolean)', 'EXECUTE'), ('_nexus_hub.note_vault_use(text,text)', 'EXECUTE'), ('_nexus_hub.require_service_role_for(boolean,text,uuid,text)', 'EXECUTE')$$,
+    'PUBLIC may execute what policies, defaults, generated columns and constraints call, what says by itself that it is for the service role, what notes a use of the vault, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
 SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub'$$,
                 'the views in _nexus_hub are granted to nobody');
@@ -74,7 +74,8 @@ SELECT set_eq(
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
-                       ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role')$$,
+                       ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
+                       ('open_secret', 'service_role'), ('api_key_object', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──
@@ -162,6 +163,7 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', st
     'DELETE FROM api_gateway_configs',
     'UPDATE user_settings SET updated_at = now()',
     'DELETE FROM user_settings',
+    'SELECT FROM vault_audit',
     'SHOW nexus_hub.vault_key_file']) AS statement;
 SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
                          VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
@@ -173,9 +175,10 @@ RESET ROLE;
 
 SELECT is_empty(
     $$SELECT call FROM extension_function
-       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
-    'service_role may execute every public function but adopt_vault_key, and those for tables'' owners');
+       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column', 'cleanup_vault_audit') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
+    'service_role may execute every public function but adopt_vault_key, cleanup_vault_audit, and those for tables'' owners');
 SELECT is(has_function_privilege('service_role', format('%I.adopt_vault_key()', :'schema'), 'EXECUTE'), false, 'which is the owner''s alone');
+SELECT is(has_function_privilege('service_role', format('%I.cleanup_vault_audit(integer)', :'schema'), 'EXECUTE'), false, 'and so is that: who is audited cannot erase');
 SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
@@ -183,7 +186,7 @@ SELECT set_eq(
     $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings']) AS relname,
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
       UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT'),
-                       ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT')$$,
+                       ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT'), ('vault_audit', 'SELECT')$$,
     'service_role may read every public table, and write all but those that the worker alone writes');
 
 SELECT pg_temp.as_role('service_role');
@@ -200,6 +203,7 @@ SELECT isnt(http_get('https://host/'), NULL, 'service_role calls http_get');
 SELECT isnt(http_post('https://host/'), NULL, 'service_role calls http_post');
 SELECT isnt(http_request('PUT', 'https://host/'), NULL, 'service_role calls http_request');
 SELECT is_empty('SELECT * FROM circuit_breakers', 'service_role reads circuit_breakers');
+SELECT lives_ok('SELECT * FROM vault_audit', 'service_role reads vault_audit');
 SELECT isnt(insert_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai', 'k'), NULL, 'service_role stores a user''s API key');
 SELECT is(get_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai'), 'k', 'service_role reads a user''s API key');
 SELECT throws_ok(statement, '42501', NULL, format('service_role cannot: %s', statement))
@@ -210,6 +214,9 @@ SELECT throws_ok(statement, '42501', NULL, format('service_role cannot: %s', sta
     'INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES (''h:80'', 0, ''open'', 5, now(), ''e'')',
     'UPDATE circuit_breakers SET state = ''open''',
     'DELETE FROM circuit_breakers',
+    'INSERT INTO vault_audit (at, kind, outcome, count) VALUES (now(), ''get'', ''allowed'', 1)',
+    'UPDATE vault_audit SET count = 1',
+    'DELETE FROM vault_audit',
     'TRUNCATE job_results CASCADE']) AS statement;
 SELECT throws_ok('SHOW nexus_hub.vault_key_file', '42501', NULL, 'service_role cannot see where the vault key is');
 SELECT throws_ok(call, '42501', NULL, format('service_role cannot call _nexus_hub.%s', proname))

@@ -35,6 +35,7 @@ SELECT set_eq(
     ('encrypt_config', 'config jsonb, context text DEFAULT NULL::text', 'bytea'),
     ('decrypt_config', 'encrypted bytea, context text DEFAULT NULL::text', 'jsonb'),
     ('adopt_vault_key', '', 'text'),
+    ('cleanup_vault_audit', 'p_days integer DEFAULT 90', 'integer'),
     ('rotate_vault_key', '', 'TABLE(servers_updated integer, errors text[])'),
     ('start_vault_rotation', '', 'text'),
     ('pause_vault_rotation', '', 'boolean'),
@@ -159,7 +160,7 @@ SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L
 SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
-    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'),
+    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'),
     ('start_vault_rotation', 'v'), ('pause_vault_rotation', 'v'), ('resume_vault_rotation', 'v'), ('register_vault_column', 'v'), ('unregister_vault_column', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
@@ -207,8 +208,8 @@ SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p'
 SELECT set_eq(
     $$SELECT t.nspname, t.relname FROM pg_extension e JOIN extension_table t ON t.oid = ANY (e.extconfig) WHERE e.extname = 'nexus_hub'$$,
     $$SELECT nspname, relname FROM extension_table WHERE relkind = 'r' AND nspname <> '_nexus_hub' AND relname <> 'circuit_breakers'
-      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys'), ('_nexus_hub', 'registered_columns')$$,
-    'the rows of every public table are dumped, except those of circuit_breakers, and which keys and columns they are under');
+      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys'), ('_nexus_hub', 'registered_columns'), ('_nexus_hub', 'vault_audit_log')$$,
+    'the rows of every public table are dumped, except those of circuit_breakers, which keys and columns they are under, and the audit');
 SELECT is_empty($$SELECT condition FROM pg_extension e, unnest(e.extcondition) AS condition WHERE e.extname = 'nexus_hub' AND condition NOT IN ('', 'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)')$$,
     'and all of them, but columns of tables that are gone');
 SELECT is_empty(
