@@ -10,6 +10,7 @@ pub mod mcp;
 pub mod outbound;
 mod outcome;
 mod runtime;
+pub mod template;
 
 pub use body::Held;
 pub use outcome::{Ending, Retry, Verdict};

@@ -6,8 +6,10 @@ use super::http::HttpCall;
 use super::mcp::{self, McpCall, Sessions};
 use super::outbound::Outbound;
 use super::outcome::{Ending, Outcome, Verdict};
+use super::template::Hidden;
+use crate::domain::redact::{Redactor, TooLarge};
 use crate::domain::schedule::Reach;
-use crate::domain::secret::{Secret, redact};
+use crate::domain::secret::{REDACTED, Secret, redact};
 use futures::FutureExt;
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -44,6 +46,8 @@ pub struct Request {
     pub lease: Uuid,
     pub timeout: Duration,
     pub work: Work,
+    /// The secrets that were filled in, and what the answer shows in their stead.
+    pub hidden: Hidden,
 }
 
 /// What a job asks for.
@@ -277,14 +281,15 @@ async fn run(
     sessions: &Sessions,
     cancelled: oneshot::Receiver<()>,
 ) -> Option<Ending> {
-    let Request { job, timeout, work, .. } = request;
+    let Request { job, timeout, work, hidden, .. } = request;
+    let redactor = Arc::new(Redactor::new(hidden.iter().map(|(secret, mark)| (secret, mark.as_str()))));
     match work {
         Work::Http(call) => {
-            let work = tokio::time::timeout(timeout, call.perform(outbound, job, limits));
+            let work = tokio::time::timeout(timeout, call.perform(outbound, job, limits, &redactor));
             tokio::select! {
                 ended = work => {
                     let ended = ended.unwrap_or(Err(Failure::Timeout(timeout)));
-                    Some(without_secrets(ended, || call.secrets()))
+                    Some(without_secrets(ended, || call.secrets(), &hidden))
                 }
                 Ok(()) = cancelled => None,
             }
@@ -293,20 +298,63 @@ async fn run(
             // Boxed, or every task would be as large as the largest kind.
             let work = Box::pin(mcp::perform(sessions, &endpoint, call, job, timeout, cancelled));
             let ended = tokio::time::timeout(timeout + GRACE, work).await;
-            let ended = ended.unwrap_or(Err(Failure::Timeout(timeout))).transpose()?;
-            Some(without_secrets(ended, || endpoint.secrets()))
+            let mut ended = ended.unwrap_or(Err(Failure::Timeout(timeout))).transpose()?;
+            if let Ok(ending) = ended {
+                ended = with_redacted_result(ending, &redactor, limits.max_response_bytes()).await;
+            }
+            Some(without_secrets(ended, || endpoint.secrets(), &hidden))
         }
     }
 }
 
+/// Up to this size a text is searched right away; a larger one would keep other requests waiting.
+const SMALL: usize = 64 * 1024;
+
+/// Runs what searches a text of this size, elsewhere if it is large.
+pub async fn redacting<T: Send + 'static>(
+    size: usize,
+    search: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    if size <= SMALL {
+        return Ok(search());
+    }
+    tokio::task::spawn_blocking(search).await.map_err(|_| Failure::Internal("the answer could not be searched".into()))
+}
+
+/// The ending with nothing of the secrets in its result, which is JSON.
+async fn with_redacted_result(mut ending: Ending, redactor: &Arc<Redactor>, limit: usize) -> Result<Ending, Failure> {
+    let (Verdict::Completed { result } | Verdict::Failed { result: Some(result), .. }) = &mut ending.verdict else {
+        return Ok(ending);
+    };
+    if redactor.is_empty() {
+        return Ok(ending);
+    }
+    let (text, redactor) = (std::mem::take(result), Arc::clone(redactor));
+    let size = text.len();
+    let search = move || redactor.json(&text, limit).map(|redacted| redacted.unwrap_or(text));
+    *result = redacting(size, search).await?.map_err(|TooLarge| Failure::TooLarge { limit })?;
+    Ok(ending)
+}
+
 /// Redacted before it is cut to its length: half a secret at the cut would not be found.
-fn without_secrets(ended: Result<Ending, Failure>, secrets: impl FnOnce() -> Vec<Secret>) -> Ending {
+fn without_secrets(ended: Result<Ending, Failure>, secrets: impl FnOnce() -> Vec<Secret>, hidden: &Hidden) -> Ending {
     let mut ending = ended.unwrap_or_else(Ending::from);
     if let Verdict::Failed { error, .. } = &mut ending.verdict {
         let secrets = secrets();
-        *error = quote(&redact(error, &secrets));
-        if let Reach::Unreachable(error) = &mut ending.reach {
-            *error = quote(&redact(error, &secrets));
+        let shown = |text: &str| {
+            if hidden.is_empty() {
+                return quote(&redact(text, &secrets));
+            }
+            // All at once: what one leaves of another could not be found any more.
+            let last_words: Vec<_> = secrets.iter().map(Secret::last_word).collect();
+            let named = hidden.iter().map(|(secret, mark)| (secret, mark.as_str()));
+            let others = secrets.iter().chain(&last_words).map(|secret| (secret, REDACTED));
+            let redacted = Redactor::new(named.chain(others)).text(text, usize::MAX);
+            quote(redacted.ok().flatten().as_deref().unwrap_or(text))
+        };
+        *error = shown(error);
+        if let Reach::Unreachable(error) | Reach::Silent(error) = &mut ending.reach {
+            *error = shown(error);
         }
     }
     ending
