@@ -26,7 +26,10 @@ pub struct Malformed;
 
 impl std::fmt::Display for Malformed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "a placeholder that is not {OPENING}name{CLOSING} with a name of 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 _ . -")
+        write!(
+            f,
+            "a placeholder that is not {OPENING}name{CLOSING} with a name of 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 _ . -"
+        )
     }
 }
 

@@ -128,14 +128,16 @@ impl Redactor {
             }
             if has_plus && needle.text.contains(&b' ') {
                 // As forms and queries have it.
-                let form = |text: &[u8]| if text.first() == Some(&b'+') { Some((b' ', 1)) } else { percent::first(text) };
+                let form =
+                    |text: &[u8]| if text.first() == Some(&b'+') { Some((b' ', 1)) } else { percent::first(text) };
                 needle.find(text, form, &mut note);
             }
         }
         found.sort_unstable();
         let mut merged: Vec<Found> = Vec::with_capacity(found.len());
         for (start, end, number) in found {
-            let longer = |a: usize, b: usize| if self.needles[a].text.len() >= self.needles[b].text.len() { a } else { b };
+            let longer =
+                |a: usize, b: usize| if self.needles[a].text.len() >= self.needles[b].text.len() { a } else { b };
             match merged.last_mut() {
                 Some(last) if start < last.1 => *last = (last.0, last.1.max(end), longer(last.2, number)),
                 _ => merged.push((start, end, number)),
@@ -161,12 +163,7 @@ impl Needle {
 
     /// Finds the text, again behind each place. `first` reads the byte that the rest of the haystack begins with, and
     /// tells what that takes.
-    fn find(
-        &self,
-        haystack: &[u8],
-        first: impl Fn(&[u8]) -> Option<(u8, usize)>,
-        mut found: impl FnMut(usize, usize),
-    ) {
+    fn find(&self, haystack: &[u8], first: impl Fn(&[u8]) -> Option<(u8, usize)>, mut found: impl FnMut(usize, usize)) {
         if haystack.len() < self.text.len() {
             return;
         }
@@ -253,7 +250,10 @@ mod tests {
     #[test]
     fn it_is_found_as_json_escapes_it_in_a_text_that_is_none() {
         let hidden = &[("a\"b/c", "{{s}}")];
-        assert_eq!(text(hidden, r#"error: {"t": "a\"b/c"}; {"t": "a\"b\/c"}"#), r#"error: {"t": "{{s}}"}; {"t": "{{s}}"}"#);
+        assert_eq!(
+            text(hidden, r#"error: {"t": "a\"b/c"}; {"t": "a\"b\/c"}"#),
+            r#"error: {"t": "{{s}}"}; {"t": "{{s}}"}"#
+        );
     }
 
     #[test]
@@ -277,7 +277,10 @@ mod tests {
         for written in [r#""a\"b/c\\ü""#, r#""a\"b\/c\\\u00fc""#, r#""\u0061\u0022b\u002fc\u005c\u00FC""#] {
             let unchanged = r#""x\u0041\/": 1.10e+5, "n": 123456789012345678901234567890, "l": [true, null, ""]"#;
             let given = format!("{{ {unchanged},\t\"k\": {written}, {written} : [{written}]}}");
-            assert_eq!(json(hidden, &given), format!(r#"{{ {unchanged},{}"k": "{{{{s}}}}", "{{{{s}}}}" : ["{{{{s}}}}"]}}"#, '\t'));
+            assert_eq!(
+                json(hidden, &given),
+                format!(r#"{{ {unchanged},{}"k": "{{{{s}}}}", "{{{{s}}}}" : ["{{{{s}}}}"]}}"#, '\t')
+            );
         }
         assert_eq!(json(hidden, r#"{"a": "b\\"}"#), r#"{"a": "b\\"}"#);
         assert_eq!(json(&[("s3cret", "{{s}}")], r#""\ud83e\udd80 s3cret\n""#), "\"🦀 {{s}}\\n\"");

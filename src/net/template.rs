@@ -74,8 +74,7 @@ impl Template {
             }
             filled.push((name.clone(), Secret::from(text)));
         }
-        let mut hidden: Hidden =
-            secrets.iter().map(|(name, secret)| (secret.clone(), placeholder::of(name))).collect();
+        let mut hidden: Hidden = secrets.iter().map(|(name, secret)| (secret.clone(), placeholder::of(name))).collect();
         // What becomes of the credentials in the URL.
         hidden.extend(endpoint::basic(&url).map(|credentials| (credentials, REDACTED.to_owned())));
         Ok(Filled { url, headers: filled, hidden })
@@ -246,7 +245,10 @@ mod tests {
         assert_eq!(filled.headers[0].1.expose(), "Bearer tök en");
         for value in ["a\r\nX-Evil: 1", "a\nb", "a\0b", "a\u{7f}"] {
             let problem = fill(object.clone(), &[("a", value)]).expect_err("refused");
-            assert_eq!(problem, "the secret \"a\" cannot be sent in the header \"authorization\": it has control characters");
+            assert_eq!(
+                problem,
+                "the secret \"a\" cannot be sent in the header \"authorization\": it has control characters"
+            );
         }
     }
 

@@ -13,6 +13,7 @@ mod leaks;
 mod mcp;
 mod retries;
 mod rotation;
+mod secrets;
 mod sql_suites;
 mod storm;
 mod support;
