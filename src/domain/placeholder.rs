@@ -53,8 +53,9 @@ pub fn pieces(text: &str) -> Result<Vec<Piece<'_>>, Malformed> {
     Ok(pieces)
 }
 
-/// The text with a value in the place of each secret. Values are not looked into for more placeholders.
-pub fn fill<'a>(pieces: &[Piece<'a>], value: impl Fn(&str) -> &'a str) -> Zeroizing<String> {
+/// The text with a value in the place of each secret. Values are not looked into for more placeholders. `None`: it would
+/// have more than so many bytes.
+pub fn fill<'a>(pieces: &[Piece<'a>], value: impl Fn(&str) -> &'a str, limit: usize) -> Option<Zeroizing<String>> {
     let values: Vec<&str> = pieces
         .iter()
         .map(|piece| match piece {
@@ -62,10 +63,14 @@ pub fn fill<'a>(pieces: &[Piece<'a>], value: impl Fn(&str) -> &'a str) -> Zeroiz
             Piece::Secret(name) => value(name),
         })
         .collect();
+    let length = values.iter().map(|value| value.len()).sum();
+    if length > limit {
+        return None;
+    }
     // Of its final size at once: a text that grows leaves copies behind that nobody wipes.
-    let mut filled = Zeroizing::new(String::with_capacity(values.iter().map(|value| value.len()).sum()));
+    let mut filled = Zeroizing::new(String::with_capacity(length));
     values.iter().for_each(|value| filled.push_str(value));
-    filled
+    Some(filled)
 }
 
 #[cfg(test)]
@@ -78,7 +83,8 @@ mod tests {
             "b.c-d_E9" => "{{secret:a}}",
             other => panic!("{other}"),
         };
-        fill(&pieces(text).unwrap_or_else(|problem| panic!("{text}: {problem}")), values).to_string()
+        let pieces = pieces(text).unwrap_or_else(|problem| panic!("{text}: {problem}"));
+        fill(&pieces, values, 1000).map(|text| text.to_string()).expect("short")
     }
 
     #[test]
@@ -92,6 +98,12 @@ mod tests {
     #[test]
     fn a_value_that_looks_like_a_placeholder_is_left_as_it_is() {
         assert_eq!(filled("{{secret:b.c-d_E9}}{{secret:a}}"), "{{secret:a}}1");
+    }
+
+    #[test]
+    fn a_text_does_not_grow_beyond_its_limit() {
+        let pieces = pieces("{{secret:a}}-{{secret:a}}").expect("well-formed");
+        assert!(fill(&pieces, |_| "1234", 9).is_some() && fill(&pieces, |_| "1234", 8).is_none());
     }
 
     #[test]

@@ -37,14 +37,9 @@ impl Redactor {
             if whole.chars().count() < SHORTEST_REDACTED {
                 continue;
             }
-            let quoted = Zeroizing::new(serde_json::Value::from(whole).to_string());
-            let escaped = Zeroizing::new(quoted.get(1..quoted.len() - 1).unwrap_or_default().to_owned());
-            let slashed = Zeroizing::new(escaped.replace('/', "\\/"));
             // As it is in an error's text, which is one line.
             let words = Zeroizing::new(whole.split_whitespace().collect::<Vec<_>>().join(" "));
-            let mut forms = vec![whole, &escaped, &slashed, &words];
-            forms.sort_unstable();
-            forms.dedup();
+            let forms = if words.as_str() == whole { vec![whole] } else { vec![whole, &words] };
             needles.extend(forms.into_iter().map(|form| Needle::new(form.as_bytes(), mark)));
         }
         Self { needles }
@@ -118,19 +113,19 @@ impl Redactor {
     /// Where there are secrets: places that do not touch, each with the longest needle that is there.
     fn find(&self, text: &[u8]) -> Vec<Found> {
         let mut found = Vec::new();
-        let is_encoded = text.contains(&b'%');
-        let has_plus = text.contains(&b'+');
+        let has = |byte| text.contains(&byte);
+        let (percents, plusses, escapes) = (has(b'%'), has(b'+'), has(b'\\'));
         for (number, needle) in self.needles.iter().enumerate() {
             let mut note = |start, end| found.push((start, end, number));
-            needle.find(text, |text| text.first().map(|byte| (*byte, 1)), &mut note);
-            if is_encoded {
-                needle.find(text, percent::first, &mut note);
+            needle.find(text, plain, &mut note);
+            if percents {
+                needle.find(text, percent_encoded, &mut note);
             }
-            if has_plus && needle.text.contains(&b' ') {
-                // As forms and queries have it.
-                let form =
-                    |text: &[u8]| if text.first() == Some(&b'+') { Some((b' ', 1)) } else { percent::first(text) };
-                needle.find(text, form, &mut note);
+            if plusses && needle.text.contains(&b' ') {
+                needle.find(text, form_encoded, &mut note);
+            }
+            if escapes {
+                needle.find(text, escaped, &mut note);
             }
         }
         found.sort_unstable();
@@ -161,28 +156,82 @@ impl Needle {
         Self { text: Zeroizing::new(text.to_vec()), fallbacks, mark: mark.to_owned() }
     }
 
-    /// Finds the text, again behind each place. `first` reads the byte that the rest of the haystack begins with, and
-    /// tells what that takes.
-    fn find(&self, haystack: &[u8], first: impl Fn(&[u8]) -> Option<(u8, usize)>, mut found: impl FnMut(usize, usize)) {
+    /// Finds the text, again behind each place. `read` reads what the rest of the haystack begins with.
+    fn find(&self, haystack: &[u8], read: impl Fn(&[u8]) -> Option<Unit>, mut found: impl FnMut(usize, usize)) {
         if haystack.len() < self.text.len() {
             return;
         }
         // Where each of the last bytes began, as many as the text has.
         let mut begins = vec![0; self.text.len()];
-        let (mut at, mut read, mut length) = (0, 0, 0);
-        while let Some((byte, taken)) = first(&haystack[at..]) {
-            begins[read % self.text.len()] = at;
-            at += taken;
-            read += 1;
-            while length > 0 && byte != self.text[length] {
-                length = self.fallbacks[length - 1];
-            }
-            length += usize::from(byte == self.text[length]);
-            if length == self.text.len() {
-                found(begins[read % self.text.len()], at);
-                length = 0;
+        let (mut at, mut count, mut length) = (0, 0, 0);
+        while let Some(unit) = read(&haystack[at..]) {
+            let begin = at;
+            at += unit.taken;
+            for byte in &unit.bytes[..unit.length] {
+                begins[count % self.text.len()] = begin;
+                count += 1;
+                while length > 0 && *byte != self.text[length] {
+                    length = self.fallbacks[length - 1];
+                }
+                length += usize::from(*byte == self.text[length]);
+                if length == self.text.len() {
+                    found(begins[count % self.text.len()], at);
+                    length = 0;
+                }
             }
         }
+    }
+}
+
+/// What some bytes of a text stand for.
+struct Unit {
+    bytes: [u8; 4],
+    length: usize,
+    taken: usize,
+}
+
+impl Unit {
+    fn byte((byte, taken): (u8, usize)) -> Self {
+        Self { bytes: [byte, 0, 0, 0], length: 1, taken }
+    }
+
+    fn character(character: char, taken: usize) -> Self {
+        let mut bytes = [0; 4];
+        let length = character.encode_utf8(&mut bytes).len();
+        Self { bytes, length, taken }
+    }
+}
+
+fn plain(text: &[u8]) -> Option<Unit> {
+    text.first().map(|byte| Unit::byte((*byte, 1)))
+}
+
+fn percent_encoded(text: &[u8]) -> Option<Unit> {
+    percent::first(text).map(Unit::byte)
+}
+
+/// As forms and queries have it.
+fn form_encoded(text: &[u8]) -> Option<Unit> {
+    if text.first() == Some(&b'+') { Some(Unit::byte((b' ', 1))) } else { percent_encoded(text) }
+}
+
+/// As strings of JSON have it, also where the text is none, or a string that holds more JSON.
+fn escaped(text: &[u8]) -> Option<Unit> {
+    let code_unit = |text: &[u8]| {
+        let digits = text.strip_prefix(b"\\u")?.get(..4)?;
+        u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+    };
+    let [b'\\', second, ..] = text else { return plain(text) };
+    let Some(high) = code_unit(text) else {
+        // A backslash and n, say, are a control character, which no secret has.
+        let is_itself = matches!(second, b'"' | b'\\' | b'/');
+        return if is_itself { Some(Unit::byte((*second, 2))) } else { plain(text) };
+    };
+    let pair = text.get(6..).and_then(code_unit).and_then(|low| char::decode_utf16([high, low]).next()?.ok());
+    match (char::decode_utf16([high]).next(), pair) {
+        (Some(Ok(character)), _) => Some(Unit::character(character, 6)),
+        (_, Some(character)) => Some(Unit::character(character, 12)),
+        _ => Some(Unit::character(char::REPLACEMENT_CHARACTER, 6)),
     }
 }
 
@@ -249,11 +298,20 @@ mod tests {
 
     #[test]
     fn it_is_found_as_json_escapes_it_in_a_text_that_is_none() {
-        let hidden = &[("a\"b/c", "{{s}}")];
-        assert_eq!(
-            text(hidden, r#"error: {"t": "a\"b/c"}; {"t": "a\"b\/c"}"#),
-            r#"error: {"t": "{{s}}"}; {"t": "{{s}}"}"#
-        );
+        let hidden = &[("a\"b/c&ü🗝\\", "{{s}}")];
+        for escaped in [
+            r#"a\"b/c&ü🗝\\"#,
+            r#"a\"b\/c\u0026ü🗝\\"#,
+            r#"a\"b/c&\u00fc\ud83d\udddd\\"#,
+            r#"\u0061\u0022b\u002fc\u0026\u00FC\uD83D\uDDDD\u005c"#,
+        ] {
+            let given = format!(r#"error: {{"t": "\u00e4{escaped}"; \n \ud83d \"#);
+            assert_eq!(text(hidden, &given), r#"error: {"t": "\u00e4{{s}}"; \n \ud83d \"#, "{escaped}");
+            // A string of JSON that holds JSON.
+            let nested = Value::from(format!(r#"{{"k":"{escaped}"}}"#)).to_string();
+            assert_eq!(json(hidden, &nested), Value::from(r#"{"k":"{{s}}"}"#).to_string());
+        }
+        assert_eq!(text(&[("a\\/b", "{{s}}")], r"a\/b a\\/b a/b"), "{{s}} {{s}} a/b");
     }
 
     #[test]

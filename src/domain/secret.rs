@@ -23,6 +23,11 @@ impl Secret {
         Self::new(whole.rsplit(char::is_whitespace).next().unwrap_or(whole).to_owned())
     }
 
+    /// The same in lower case, as far as it is ASCII.
+    pub fn to_lower_case(&self) -> Self {
+        Self::new(self.0.to_ascii_lowercase())
+    }
+
     /// The secret itself. Whoever calls this answers for where it goes.
     pub fn expose(&self) -> &str {
         &self.0

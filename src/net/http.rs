@@ -19,6 +19,7 @@ use reqwest::header::{
 };
 use reqwest::{Method, Request, Response, StatusCode, Url};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -288,7 +289,9 @@ fn answer(
                 answer.push_str(redactor.json(text, limit)?.as_deref().unwrap_or(text));
             }
             Ok(text) if !text.contains('\0') => {
-                let redacted = redactor.text(text, limit)?;
+                // JSON under another name, or such as the database does not take.
+                let is_json = !redactor.is_empty() && serde_json::from_str::<&RawValue>(text).is_ok();
+                let redacted = if is_json { redactor.json(text, limit)? } else { redactor.text(text, limit)? };
                 let _ = write!(answer, ",\"body\":{}", Value::from(redacted.as_deref().unwrap_or(text)));
             }
             _ => {

@@ -347,7 +347,10 @@ fn without_secrets(ended: Result<Ending, Failure>, secrets: impl FnOnce() -> Vec
             }
             // All at once: what one leaves of another could not be found any more.
             let last_words: Vec<_> = secrets.iter().map(Secret::last_word).collect();
+            // Content types and hosts are told in lower case.
+            let lower: Vec<_> = hidden.iter().map(|(secret, mark)| (secret.to_lower_case(), mark.as_str())).collect();
             let named = hidden.iter().map(|(secret, mark)| (secret, mark.as_str()));
+            let named = named.chain(lower.iter().map(|(secret, mark)| (secret, *mark)));
             let others = secrets.iter().chain(&last_words).map(|secret| (secret, REDACTED));
             let redacted = Redactor::new(named.chain(others)).text(text, usize::MAX);
             quote(redacted.ok().flatten().as_deref().unwrap_or(text))

@@ -13,6 +13,11 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use zeroize::Zeroizing;
 
+/// Secrets that one request may have: each of them is looked for in its answer.
+const MAX_SECRETS: usize = 16;
+/// Bytes that a URL with all its secrets may have, and so the headers together.
+const MAX_FILLED: usize = 256 * 1024;
+
 /// Secrets by their names.
 pub type Secrets = BTreeMap<String, Secret>;
 
@@ -51,6 +56,9 @@ impl Template {
         mark(url, &pieces)?;
         names.sort();
         names.dedup();
+        if names.len() > MAX_SECRETS {
+            return Err(format!("there are {} secrets in it, and at most {MAX_SECRETS} are allowed", names.len()));
+        }
         Ok(Some(Self { url: Secret::new(url.to_owned()), names }))
     }
 
@@ -64,10 +72,12 @@ impl Template {
         let pieces = |text| placeholder::pieces(text).map_err(|problem| problem.to_string());
         let value = |name: &str| secrets.get(name).map(Secret::expose).unwrap_or_default();
         let url = fill_url(self.url.expose(), &pieces(self.url.expose())?, value)?;
+        let mut room = MAX_FILLED;
         let mut filled = Vec::with_capacity(headers.len());
         for (name, text) in headers {
             let pieces = pieces(text.expose())?;
-            let text = placeholder::fill(&pieces, value);
+            let text = placeholder::fill(&pieces, value, room).ok_or_else(too_long)?;
+            room -= text.len();
             if HeaderValue::from_str(&text).is_err() {
                 let secrets = list(&pieces);
                 return Err(format!("{secrets} cannot be sent in the header \"{name}\": it has control characters"));
@@ -76,7 +86,7 @@ impl Template {
         }
         let mut hidden: Hidden = secrets.iter().map(|(name, secret)| (secret.clone(), placeholder::of(name))).collect();
         // What becomes of the credentials in the URL.
-        hidden.extend(endpoint::basic(&url).map(|credentials| (credentials, REDACTED.to_owned())));
+        hidden.extend(endpoint::basic(&url).map(|credentials| (credentials.last_word(), REDACTED.to_owned())));
         Ok(Filled { url, headers: filled, hidden })
     }
 }
@@ -90,6 +100,10 @@ fn names_of<'a>(pieces: &[Piece<'a>]) -> impl Iterator<Item = &'a str> {
         Piece::Secret(name) => Some(*name),
         Piece::Text(_) => None,
     })
+}
+
+fn too_long() -> String {
+    format!("with its secrets, the URL or the headers would have more than {MAX_FILLED} bytes")
 }
 
 /// The secrets of a text, for people.
@@ -108,7 +122,8 @@ fn mark(text: &str, pieces: &[Piece<'_>]) -> Result<(Url, String), String> {
         "\"url\" has a placeholder where none can be: they can stand in the path, the query, the user name and the password"
             .to_owned()
     };
-    let marked = endpoint::parse_url(&placeholder::fill(pieces, |_| &mark)).map_err(|_| refused())?;
+    let marked = placeholder::fill(pieces, |_| &mark, usize::MAX).unwrap_or_default();
+    let marked = endpoint::parse_url(&marked).map_err(|_| refused())?;
     let written = endpoint::parse_url(text).map_err(|_| refused())?;
     let in_host = marked.host_str().unwrap_or_default().contains(&mark);
     // ".." takes away the part before it, which may have been a placeholder.
@@ -128,6 +143,10 @@ fn fill_url<'a>(text: &str, pieces: &[Piece<'_>], value: impl Fn(&str) -> &'a st
         return endpoint::parse_url(text);
     }
     let (marked, mark) = mark(text, pieces)?;
+    // Each byte may take three.
+    if names_of(pieces).map(|name| 3 * value(name).len()).sum::<usize>() > MAX_FILLED {
+        return Err(too_long());
+    }
     let values: Vec<_> = names_of(pieces).map(|name| percent::encode(value(name))).collect();
     let length = marked.as_str().len() + values.iter().map(|value| value.len()).sum::<usize>();
     let mut filled = Zeroizing::new(String::with_capacity(length));
@@ -253,6 +272,24 @@ mod tests {
     }
 
     #[test]
+    fn a_request_does_not_grow_without_bounds() {
+        let long = "x".repeat(10_000);
+        let url = format!("https://h/{}", "{{secret:a}}".repeat(100));
+        let headers: Map<String, Value> = (0..100).map(|n| (format!("x-{n}"), json!("{{secret:a}}"))).collect();
+        for object in [json!({"url": url}), json!({"url": "https://h/", "headers": headers})] {
+            let problem = fill(object, &[("a", &long)]).expect_err("too long");
+            assert!(problem.ends_with("would have more than 262144 bytes"), "{problem}");
+        }
+        let long = "🗝".repeat(10_000);
+        assert!(fill(json!({"url": "https://h/{{secret:a}}{{secret:a}}"}), &[("a", &long)]).is_ok());
+        let url = |count| (0..count).map(|n| format!("{{{{secret:s{n}}}}}")).collect::<String>();
+        let of =
+            |count| Template::of(json!({"url": format!("https://h/{}", url(count))}).as_object().expect("an object"));
+        assert_eq!(of(17), Err("there are 17 secrets in it, and at most 16 are allowed".into()));
+        assert!(of(16).is_ok());
+    }
+
+    #[test]
     fn malformed_placeholders_are_refused_where_they_stand() {
         let problem = |object: Value| Template::of(object.as_object().expect("an object")).expect_err("malformed");
         assert!(problem(json!({"url": "https://h/{{secret:}}"})).starts_with("\"url\" has a placeholder that is not"));
@@ -265,9 +302,6 @@ mod tests {
         let object = json!({"url": "https://u:{{secret:a}}@h/", "headers": {"X": "{{secret:b}}"}});
         let filled = fill(object, &[("a", "pass word"), ("b", "other")]).expect("filled");
         let hidden: Vec<_> = filled.hidden.iter().map(|(secret, mark)| (secret.expose(), mark.as_str())).collect();
-        assert_eq!(
-            hidden,
-            [("pass word", "{{secret:a}}"), ("other", "{{secret:b}}"), ("Basic dTpwYXNzIHdvcmQ=", REDACTED)]
-        );
+        assert_eq!(hidden, [("pass word", "{{secret:a}}"), ("other", "{{secret:b}}"), ("dTpwYXNzIHdvcmQ=", REDACTED)]);
     }
 }
