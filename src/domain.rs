@@ -7,6 +7,7 @@ pub mod envelope;
 pub mod job;
 pub mod json;
 pub mod keyring;
+pub mod needle;
 pub mod percent;
 pub mod placeholder;
 pub mod provider;

@@ -9,6 +9,7 @@ pub mod http;
 pub mod mcp;
 pub mod outbound;
 mod outcome;
+mod redaction;
 mod runtime;
 pub mod template;
 

@@ -2,7 +2,7 @@
 //!
 //! A secret is found as it is, percent-encoded in whatever way, and as JSON escapes it, wherever in a text it stands.
 
-use super::percent;
+use super::needle::{self, Needle};
 use super::secret::{SHORTEST_REDACTED, Secret};
 use zeroize::Zeroizing;
 
@@ -13,16 +13,8 @@ pub struct TooLarge;
 /// Finds secrets in texts, and puts what is to be shown instead in their places.
 #[derive(Default)]
 pub struct Redactor {
-    needles: Vec<Needle>,
-}
-
-/// A text to be found in one pass over another (Knuth, Morris and Pratt): whoever answers decides what is searched, and
-/// must not decide how long that takes.
-struct Needle {
-    text: Zeroizing<Vec<u8>>,
-    /// For each beginning of the text, the length of the longest shorter one that it ends with.
-    fallbacks: Vec<usize>,
-    mark: String,
+    /// With what takes their places.
+    needles: Vec<(Needle, String)>,
 }
 
 /// A place in a text, and which needle is there.
@@ -40,7 +32,7 @@ impl Redactor {
             // As it is in an error's text, which is one line.
             let words = Zeroizing::new(whole.split_whitespace().collect::<Vec<_>>().join(" "));
             let forms = if words.as_str() == whole { vec![whole] } else { vec![whole, &words] };
-            needles.extend(forms.into_iter().map(|form| Needle::new(form.as_bytes(), mark)));
+            needles.extend(forms.into_iter().map(|form| (Needle::new(form.as_bytes()), mark.to_owned())));
         }
         Self { needles }
     }
@@ -66,7 +58,7 @@ impl Redactor {
         let mut copied = 0;
         for (start, end, needle) in found {
             redacted.extend_from_slice(&bytes[copied..start]);
-            redacted.extend_from_slice(self.needles[needle].mark.as_bytes());
+            redacted.extend_from_slice(self.needles[needle].1.as_bytes());
             copied = end;
             if redacted.len() > limit {
                 return Err(TooLarge);
@@ -92,7 +84,7 @@ impl Redactor {
                     let decoded = serde_json::from_str::<String>(inside).map(Zeroizing::new);
                     self.text(decoded.as_ref().map_or(plain, |decoded| decoded.as_str()), limit)?
                 }
-                None => self.find(inside.as_bytes()).first().map(|(_, _, needle)| self.needles[*needle].mark.clone()),
+                None => self.find(inside.as_bytes()).first().map(|(_, _, needle)| self.needles[*needle].1.clone()),
             };
             if let Some(changed) = changed {
                 redacted.push_str(&text[copied..token.start]);
@@ -115,123 +107,31 @@ impl Redactor {
         let mut found = Vec::new();
         let has = |byte| text.contains(&byte);
         let (percents, plusses, escapes) = (has(b'%'), has(b'+'), has(b'\\'));
-        for (number, needle) in self.needles.iter().enumerate() {
+        for (number, needle) in self.needles.iter().map(|(needle, _)| needle).enumerate() {
             let mut note = |start, end| found.push((start, end, number));
-            needle.find(text, plain, &mut note);
+            needle.find(text, needle::plain, &mut note);
             if percents {
-                needle.find(text, percent_encoded, &mut note);
+                needle.find(text, needle::percent_encoded, &mut note);
             }
-            if plusses && needle.text.contains(&b' ') {
-                needle.find(text, form_encoded, &mut note);
+            if plusses && needle.text().contains(&b' ') {
+                needle.find(text, needle::form_encoded, &mut note);
             }
             if escapes {
-                needle.find(text, escaped, &mut note);
+                needle.find(text, needle::escaped, &mut note);
             }
         }
         found.sort_unstable();
         let mut merged: Vec<Found> = Vec::with_capacity(found.len());
         for (start, end, number) in found {
-            let longer =
-                |a: usize, b: usize| if self.needles[a].text.len() >= self.needles[b].text.len() { a } else { b };
+            let longer = |a: usize, b: usize| {
+                if self.needles[a].0.text().len() >= self.needles[b].0.text().len() { a } else { b }
+            };
             match merged.last_mut() {
                 Some(last) if start < last.1 => *last = (last.0, last.1.max(end), longer(last.2, number)),
                 _ => merged.push((start, end, number)),
             }
         }
         merged
-    }
-}
-
-impl Needle {
-    fn new(text: &[u8], mark: &str) -> Self {
-        let mut fallbacks = vec![0; text.len()];
-        let mut length = 0;
-        for at in 1..text.len() {
-            while length > 0 && text[at] != text[length] {
-                length = fallbacks[length - 1];
-            }
-            length += usize::from(text[at] == text[length]);
-            fallbacks[at] = length;
-        }
-        Self { text: Zeroizing::new(text.to_vec()), fallbacks, mark: mark.to_owned() }
-    }
-
-    /// Finds the text, again behind each place. `read` reads what the rest of the haystack begins with.
-    fn find(&self, haystack: &[u8], read: impl Fn(&[u8]) -> Option<Unit>, mut found: impl FnMut(usize, usize)) {
-        if haystack.len() < self.text.len() {
-            return;
-        }
-        // Where each of the last bytes began, as many as the text has.
-        let mut begins = vec![0; self.text.len()];
-        let (mut at, mut count, mut length) = (0, 0, 0);
-        while let Some(unit) = read(&haystack[at..]) {
-            let begin = at;
-            at += unit.taken;
-            for byte in &unit.bytes[..unit.length] {
-                begins[count % self.text.len()] = begin;
-                count += 1;
-                while length > 0 && *byte != self.text[length] {
-                    length = self.fallbacks[length - 1];
-                }
-                length += usize::from(*byte == self.text[length]);
-                if length == self.text.len() {
-                    found(begins[count % self.text.len()], at);
-                    length = 0;
-                }
-            }
-        }
-    }
-}
-
-/// What some bytes of a text stand for.
-struct Unit {
-    bytes: [u8; 4],
-    length: usize,
-    taken: usize,
-}
-
-impl Unit {
-    fn byte((byte, taken): (u8, usize)) -> Self {
-        Self { bytes: [byte, 0, 0, 0], length: 1, taken }
-    }
-
-    fn character(character: char, taken: usize) -> Self {
-        let mut bytes = [0; 4];
-        let length = character.encode_utf8(&mut bytes).len();
-        Self { bytes, length, taken }
-    }
-}
-
-fn plain(text: &[u8]) -> Option<Unit> {
-    text.first().map(|byte| Unit::byte((*byte, 1)))
-}
-
-fn percent_encoded(text: &[u8]) -> Option<Unit> {
-    percent::first(text).map(Unit::byte)
-}
-
-/// As forms and queries have it.
-fn form_encoded(text: &[u8]) -> Option<Unit> {
-    if text.first() == Some(&b'+') { Some(Unit::byte((b' ', 1))) } else { percent_encoded(text) }
-}
-
-/// As strings of JSON have it, also where the text is none, or a string that holds more JSON.
-fn escaped(text: &[u8]) -> Option<Unit> {
-    let code_unit = |text: &[u8]| {
-        let digits = text.strip_prefix(b"\\u")?.get(..4)?;
-        u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
-    };
-    let [b'\\', second, ..] = text else { return plain(text) };
-    let Some(high) = code_unit(text) else {
-        // A backslash and n, say, are a control character, which no secret has.
-        let is_itself = matches!(second, b'"' | b'\\' | b'/');
-        return if is_itself { Some(Unit::byte((*second, 2))) } else { plain(text) };
-    };
-    let pair = text.get(6..).and_then(code_unit).and_then(|low| char::decode_utf16([high, low]).next()?.ok());
-    match (char::decode_utf16([high]).next(), pair) {
-        (Some(Ok(character)), _) => Some(Unit::character(character, 6)),
-        (_, Some(character)) => Some(Unit::character(character, 12)),
-        _ => Some(Unit::character(char::REPLACEMENT_CHARACTER, 6)),
     }
 }
 

@@ -5,7 +5,8 @@ use super::endpoint::{self, Headers, sensitive};
 use super::failure::{self, Failure, status_text};
 use super::outbound::Outbound;
 use super::outcome::{Ending, Retry, Verdict};
-use super::runtime::{Limits, redacting};
+use super::redaction::redacting;
+use super::runtime::Limits;
 use super::template::{Filled, Template};
 use crate::domain::backoff;
 use crate::domain::json::is_storable;
@@ -176,7 +177,7 @@ impl HttpCall {
         let limit = limits.max_response_bytes();
         let redactor = Arc::clone(redactor);
         let answer = async move || {
-            let size = body.len();
+            let size = if redactor.is_empty() { 0 } else { body.len() };
             let write = move || answer(status.as_u16(), &headers, &body, &redactor, limit);
             redacting(size, write).await?.map_err(|TooLarge| Failure::TooLarge { limit })
         };
@@ -290,7 +291,9 @@ fn answer(
             }
             Ok(text) if !text.contains('\0') => {
                 // JSON under another name, or such as the database does not take.
-                let is_json = !redactor.is_empty() && serde_json::from_str::<&RawValue>(text).is_ok();
+                let is_json = !redactor.is_empty()
+                    && text.trim_start().starts_with(['{', '[', '"'])
+                    && serde_json::from_str::<&RawValue>(text).is_ok();
                 let redacted = if is_json { redactor.json(text, limit)? } else { redactor.text(text, limit)? };
                 let _ = write!(answer, ",\"body\":{}", Value::from(redacted.as_deref().unwrap_or(text)));
             }

@@ -1,15 +1,14 @@
 //! The network thread: a tokio runtime that takes requests in and gives outcomes back.
 
 use super::endpoint::Endpoint;
-use super::failure::{Failure, quote};
+use super::failure::Failure;
 use super::http::HttpCall;
 use super::mcp::{self, McpCall, Sessions};
 use super::outbound::Outbound;
-use super::outcome::{Ending, Outcome, Verdict};
+use super::outcome::{Ending, Outcome};
+use super::redaction::{with_redacted_result, without_secrets};
 use super::template::Hidden;
-use crate::domain::redact::{Redactor, TooLarge};
-use crate::domain::schedule::Reach;
-use crate::domain::secret::{REDACTED, Secret, redact};
+use crate::domain::redact::Redactor;
 use futures::FutureExt;
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -305,60 +304,4 @@ async fn run(
             Some(without_secrets(ended, || endpoint.secrets(), &hidden))
         }
     }
-}
-
-/// Up to this size a text is searched right away; a larger one would keep other requests waiting.
-const SMALL: usize = 64 * 1024;
-
-/// Runs what searches a text of this size, elsewhere if it is large.
-pub async fn redacting<T: Send + 'static>(
-    size: usize,
-    search: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Failure> {
-    if size <= SMALL {
-        return Ok(search());
-    }
-    tokio::task::spawn_blocking(search).await.map_err(|_| Failure::Internal("the answer could not be searched".into()))
-}
-
-/// The ending with nothing of the secrets in its result, which is JSON.
-async fn with_redacted_result(mut ending: Ending, redactor: &Arc<Redactor>, limit: usize) -> Result<Ending, Failure> {
-    let (Verdict::Completed { result } | Verdict::Failed { result: Some(result), .. }) = &mut ending.verdict else {
-        return Ok(ending);
-    };
-    if redactor.is_empty() {
-        return Ok(ending);
-    }
-    let (text, redactor) = (std::mem::take(result), Arc::clone(redactor));
-    let size = text.len();
-    let search = move || redactor.json(&text, limit).map(|redacted| redacted.unwrap_or(text));
-    *result = redacting(size, search).await?.map_err(|TooLarge| Failure::TooLarge { limit })?;
-    Ok(ending)
-}
-
-/// Redacted before it is cut to its length: half a secret at the cut would not be found.
-fn without_secrets(ended: Result<Ending, Failure>, secrets: impl FnOnce() -> Vec<Secret>, hidden: &Hidden) -> Ending {
-    let mut ending = ended.unwrap_or_else(Ending::from);
-    if let Verdict::Failed { error, .. } = &mut ending.verdict {
-        let secrets = secrets();
-        let shown = |text: &str| {
-            if hidden.is_empty() {
-                return quote(&redact(text, &secrets));
-            }
-            // All at once: what one leaves of another could not be found any more.
-            let last_words: Vec<_> = secrets.iter().map(Secret::last_word).collect();
-            // Content types and hosts are told in lower case.
-            let lower: Vec<_> = hidden.iter().map(|(secret, mark)| (secret.to_lower_case(), mark.as_str())).collect();
-            let named = hidden.iter().map(|(secret, mark)| (secret, mark.as_str()));
-            let named = named.chain(lower.iter().map(|(secret, mark)| (secret, *mark)));
-            let others = secrets.iter().chain(&last_words).map(|secret| (secret, REDACTED));
-            let redacted = Redactor::new(named.chain(others)).text(text, usize::MAX);
-            quote(redacted.ok().flatten().as_deref().unwrap_or(text))
-        };
-        *error = shown(error);
-        if let Reach::Unreachable(error) | Reach::Silent(error) = &mut ending.reach {
-            *error = shown(error);
-        }
-    }
-    ending
 }
