@@ -476,3 +476,38 @@ fn secrets_survive_dump_and_restore_and_no_dump_shows_them() {
     run_http(&mut copy.connect(), json!({"url": server.url, "headers": {"X-Key": "{{secret:key}}"}})).completed();
     assert_eq!(header(&server.requests()[0], "x-key"), VALUE);
 }
+
+#[test]
+fn jobs_of_one_batch_get_each_the_secrets_of_their_user() {
+    let server = silent();
+    let (database, mut client) = scene();
+    set(&mut client, None, "one", "shared-1");
+    set(&mut client, None, "two", "shared-2");
+    set(&mut client, Some(ALICE), "one", "alices-1");
+    set(&mut client, Some(BOB), "two", "bobs-2");
+    let params = json!({"url": server.url, "headers": {"X-Key": "{{secret:one}} {{secret:two}}"}});
+    let plain = json!({"url": server.url, "headers": {"X-Key": "none"}});
+    client
+        .execute(
+            "INSERT INTO job_results (user_id, job_type, params)
+             SELECT u.id, 'http_request', CASE WHEN n % 2 = 0 THEN $1::jsonb ELSE $2 END
+               FROM generate_series(1, 60) AS n, (VALUES ($3::text::uuid), ($4::text::uuid), (NULL)) AS u (id)",
+            &[&params, &plain, &ALICE, &BOB],
+        )
+        .expect("INSERT");
+    wait_until("all jobs are completed", || count_jobs(&mut client, "completed") == 180);
+    let requests = server.requests();
+    for row in client.query("SELECT id, user_id::text, params = $1 FROM job_results", &[&params]).expect("the jobs") {
+        let (id, user, is_filled): (Uuid, Option<String>, bool) = (row.get(0), row.get(1), row.get(2));
+        let key = format!("\r\nidempotency-key: {id}\r\n");
+        let request = requests.iter().find(|request| request.contains(&key)).expect("its request");
+        let expected = match user.as_deref() {
+            _ if !is_filled => "none",
+            Some(ALICE) => "alices-1 shared-2",
+            Some(_) => "shared-1 bobs-2",
+            None => "shared-1 shared-2",
+        };
+        assert_eq!(header(request, "x-key"), expected, "{user:?}");
+    }
+    assert!(!is_shown(&database, "alices-1"));
+}
