@@ -3,7 +3,7 @@
 use super::body::{self, Held};
 use super::endpoint::{self, Headers, sensitive};
 use super::failure::{self, Failure, status_text};
-use super::outbound::Outbound;
+use super::outbound::{Outbound, authorized};
 use super::outcome::{Ending, Retry, Verdict};
 use super::redaction::redacting;
 use super::runtime::Limits;
@@ -141,7 +141,12 @@ impl HttpCall {
             }
         }
         let body = self.body.as_ref().map(|(body, _)| body.clone());
-        let mut hop = Hop { method: self.method.clone(), url: self.url.clone(), headers, body };
+        // Once: a redirect within the origin keeps the header, but may lose what is in the URL.
+        let mut first = Request::new(self.method.clone(), self.url.clone());
+        *first.headers_mut() = headers;
+        let mut first = authorized(first);
+        let headers = std::mem::take(first.headers_mut());
+        let mut hop = Hop { method: self.method.clone(), url: first.url().clone(), headers, body };
         let max_redirects = if self.hands_over { 0 } else { limits.max_redirects() };
         let mut followed = 0;
         let response = loop {

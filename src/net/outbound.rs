@@ -235,7 +235,7 @@ impl Outbound {
 }
 
 /// The request with the user name and password of its URL in a header, where HTTP has them.
-fn authorized(mut request: Request) -> Request {
+pub fn authorized(mut request: Request) -> Request {
     let Some(credentials) = endpoint::basic(request.url()) else { return request };
     if !request.headers().contains_key(AUTHORIZATION)
         && let Some(credentials) = endpoint::sensitive(&credentials)

@@ -303,6 +303,23 @@ fn a_redirect_to_another_origin_leaves_the_secret_behind() {
     assert!(!request.contains("s3cr3t") && !request.contains("authorization"), "{request}");
 }
 
+#[test]
+fn a_redirect_within_the_origin_keeps_the_credentials_of_the_url() {
+    let server = FakeServer::start(|request| {
+        if !request.starts_with("GET / ") {
+            return Some(Answer::json("{}"));
+        }
+        let mut answer = Answer::new("302 Found", "text/plain", "");
+        answer.headers.push(("Location", format!("http://{}/next", header(request, "host"))));
+        Some(answer)
+    });
+    let (_database, mut client) = scene();
+    set(&mut client, None, "key", VALUE);
+    run_http(&mut client, json!({"url": server.url.replace("://", "://{{secret:key}}@")})).completed();
+    let sent: Vec<_> = server.requests().iter().map(|request| header(request, "authorization")).collect();
+    assert!(sent.len() == 2 && sent[0] == sent[1] && sent[0].starts_with("Basic "), "{sent:?}");
+}
+
 /// Runs an HTTP job whose server answers as `answer` says, given the secret.
 fn echoed(answer: impl Fn(&str) -> Answer + Send + Sync + 'static) -> Job {
     let server = FakeServer::start(move |request| Some(answer(&header(request, "x-key"))));
