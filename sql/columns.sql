@@ -27,6 +27,8 @@ BEGIN ATOMIC
     UNION ALL
     SELECT '@extschema@.api_keys'::regclass, 'api_key_encrypted'::name, '_nexus_hub.api_key_context(user_id, service)'::text, 'API key'::text, NULL::name
     UNION ALL
+    SELECT '_nexus_hub.secrets'::regclass, 'value_encrypted'::name, '_nexus_hub.secret_context(user_id, name)'::text, 'Secret'::text, NULL::name
+    UNION ALL
     SELECT r.relation, r.column_name, r.context, NULL::text, r.owner_name
       FROM _nexus_hub.registered_columns r
      WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = r.relation);

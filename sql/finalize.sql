@@ -15,6 +15,10 @@ BEGIN
             @extschema@.update_server(uuid, text, jsonb, boolean),
             @extschema@.delete_server(uuid),
             @extschema@.list_servers(),
+            @extschema@.create_secret(text, text, uuid),
+            @extschema@.update_secret(text, text, uuid),
+            @extschema@.delete_secret(text, uuid),
+            @extschema@.list_secrets(),
             @extschema@.create_job(uuid, text, text, text, jsonb, integer, timestamptz, integer, integer, text),
             @extschema@.get_job_status(uuid),
             @extschema@.wait_for_job(uuid, integer),
@@ -27,6 +31,11 @@ BEGIN
             _nexus_hub.server_exists(text),
             _nexus_hub.server_id(text),
             _nexus_hub.seal_server_config(text),
+            _nexus_hub.check_secret(text, text),
+            _nexus_hub.seal_secret(text, text),
+            _nexus_hub.secret_context(uuid, text),
+            _nexus_hub.secret_exists(text),
+            _nexus_hub.secret_owner(uuid),
             _nexus_hub.check_job(text, text, text, text, boolean),
             _nexus_hub.wake_worker(),
             _nexus_hub.job_not_found(uuid),
@@ -46,6 +55,11 @@ BEGIN
               UPDATE (name, config_encrypted, enabled, updated_at),
               DELETE
            ON @extschema@.user_servers TO authenticated;
+        GRANT SELECT (id, user_id, name, created_at, updated_at),
+              INSERT (user_id, name, value_encrypted),
+              UPDATE (value_encrypted, updated_at),
+              DELETE
+           ON _nexus_hub.secrets TO authenticated;
         GRANT SELECT (id, ref_id, name, enabled, rate_limit_per_minute, created_at) ON @extschema@.system_servers TO authenticated;
         GRANT SELECT,
               INSERT (user_id, job_type, server_id, tool_name, params, status, priority, run_at, timeout_ms, max_attempts, idempotency_key)
@@ -62,7 +76,7 @@ BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'service_role') THEN
         GRANT SELECT, INSERT, UPDATE, DELETE
            ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results,
-              @extschema@.api_keys, @extschema@.api_gateway_configs, @extschema@.user_settings TO service_role;
+              @extschema@.api_keys, @extschema@.api_gateway_configs, @extschema@.user_settings, _nexus_hub.secrets TO service_role;
         GRANT SELECT ON @extschema@.job_attempts, @extschema@.circuit_breakers TO service_role;
         GRANT EXECUTE ON FUNCTION
             @extschema@.http_request(text, text, text, jsonb, integer, integer, timestamptz, integer, text),

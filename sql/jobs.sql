@@ -80,7 +80,7 @@ COMMENT ON COLUMN @extschema@.job_results.user_id IS 'The user whose job it is: 
 COMMENT ON COLUMN @extschema@.job_results.job_type IS 'tool_invoke, resource_fetch, prompt_execute (MCP, by server_id) or http_request (plain HTTP, not for users).';
 COMMENT ON COLUMN @extschema@.job_results.server_id IS 'The MCP server: looked up among the user''s enabled user_servers, then among enabled system_servers.';
 COMMENT ON COLUMN @extschema@.job_results.tool_name IS 'tool_invoke: the tool; prompt_execute: the prompt. Up to 200 characters.';
-COMMENT ON COLUMN @extschema@.job_results.params IS 'A JSON object of up to 16 MB. tool_invoke, prompt_execute: the arguments; resource_fetch: {"uri": …}; http_request: {"url": …, "method": …, "headers": {…}, "body": …, "timeout_ms": …}.';
+COMMENT ON COLUMN @extschema@.job_results.params IS 'A JSON object of up to 16 MB. tool_invoke, prompt_execute: the arguments; resource_fetch: {"uri": …}; http_request: {"url": …, "method": …, "headers": {…}, "body": …, "timeout_ms": …}, with {{secret:name}} for a named secret in the URL or a header''s value.';
 COMMENT ON COLUMN @extschema@.job_results.status IS 'pending (waits), running, completed, failed or cancelled.';
 COMMENT ON COLUMN @extschema@.job_results.result IS 'MCP: the result object as the server sent it; http_request: {"status", "headers", "body" or "body_base64"}.';
 COMMENT ON COLUMN @extschema@.job_results.error IS 'Why the job failed, for people.';

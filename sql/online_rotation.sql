@@ -46,7 +46,7 @@ CREATE TABLE _nexus_hub.vault_rotation_errors (
     reason text NOT NULL
 );
 COMMENT ON TABLE _nexus_hub.vault_rotation_errors IS 'What the last rotation could not encrypt anew: values, the first 1000 of them, and columns.';
-COMMENT ON COLUMN _nexus_hub.vault_rotation_errors.item IS 'Server <id>, API key <id>, <schema.table.column> <primary key>, or a column alone.';
+COMMENT ON COLUMN _nexus_hub.vault_rotation_errors.item IS 'Server <id>, API key <id>, Secret <id>, <schema.table.column> <primary key>, or a column alone.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_errors.reason IS 'Why it could not be encrypted anew.';
 
 CREATE FUNCTION _nexus_hub.begin_rotation(p_fingerprint text) RETURNS boolean
@@ -179,5 +179,5 @@ COMMENT ON COLUMN @extschema@.vault_rotation.old_keys_are_free IS 'Whether all k
 CREATE VIEW @extschema@.vault_rotation_errors WITH (security_barrier) AS
     SELECT e.item, e.reason FROM _nexus_hub.vault_rotation_errors e;
 COMMENT ON VIEW @extschema@.vault_rotation_errors IS 'What the last rotation in the background could not encrypt anew: columns, and of the values the first 1000.';
-COMMENT ON COLUMN @extschema@.vault_rotation_errors.item IS 'Server <id>, API key <id>, <schema.table.column> <primary key>, or a column alone.';
+COMMENT ON COLUMN @extschema@.vault_rotation_errors.item IS 'Server <id>, API key <id>, Secret <id>, <schema.table.column> <primary key>, or a column alone.';
 COMMENT ON COLUMN @extschema@.vault_rotation_errors.reason IS 'Why it could not be encrypted anew.';

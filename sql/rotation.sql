@@ -48,13 +48,15 @@ DECLARE
 BEGIN
     PERFORM _nexus_hub.begin_key_rotation();
     -- Nobody may write a value under the old key into a row that was passed already. Reading goes on.
-    LOCK TABLE @extschema@.user_servers, @extschema@.api_keys IN SHARE ROW EXCLUSIVE MODE;
+    LOCK TABLE @extschema@.user_servers, @extschema@.api_keys, _nexus_hub.secrets IN SHARE ROW EXCLUSIVE MODE;
     UPDATE @extschema@.user_servers s
        SET config_encrypted = _nexus_hub.reseal(s.config_encrypted, NULL, 'Server', s.id)
      WHERE s.config_encrypted IS NOT NULL;
     servers := _nexus_hub.resealed();
     UPDATE @extschema@.api_keys k
        SET api_key_encrypted = _nexus_hub.reseal(k.api_key_encrypted, _nexus_hub.api_key_context(k.user_id, k.service), 'API key', k.id);
+    UPDATE _nexus_hub.secrets s
+       SET value_encrypted = _nexus_hub.reseal(s.value_encrypted, _nexus_hub.secret_context(s.user_id, s.name), 'Secret', s.id);
     FOR registered IN SELECT DISTINCT k.relation FROM _nexus_hub.known_columns() k WHERE k.noun IS NULL ORDER BY k.relation LOOP
         EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', registered);
     END LOOP;
@@ -75,4 +77,4 @@ BEGIN ATOMIC
     SELECT r.servers_updated, r.errors FROM _nexus_hub.rotate_values() AS r;
 END;
 COMMENT ON FUNCTION @extschema@.rotate_vault_key() IS
-    'Encrypts everything in the vault''s tables and registered columns anew, in one transaction: from app.vault_old_key to app.vault_new_key, or where neither is set under the first key of the vault. servers_updated: servers'' configs that were encrypted anew; those under the new key already are not counted. errors: "Server <id>: <reason>", "API key <id>: <reason>" or, of registered columns, "<schema.table.column> <primary key>: <reason>" for each value that cannot be decrypted, which stays as it is. Writers wait until the transaction ends, readers do not. Errors: F0000 the keys are not set.';
+    'Encrypts everything in the vault''s tables and registered columns anew, in one transaction: from app.vault_old_key to app.vault_new_key, or where neither is set under the first key of the vault. servers_updated: servers'' configs that were encrypted anew; those under the new key already are not counted. errors: "Server <id>: <reason>", "API key <id>: <reason>", "Secret <id>: <reason>" or, of registered columns, "<schema.table.column> <primary key>: <reason>" for each value that cannot be decrypted, which stays as it is. Writers wait until the transaction ends, readers do not. Errors: F0000 the keys are not set.';

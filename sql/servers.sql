@@ -12,7 +12,7 @@ CREATE TABLE @extschema@.system_servers (
         CONSTRAINT system_servers_rate_limit_range CHECK (rate_limit_per_minute >= 0),
     created_at timestamptz NOT NULL DEFAULT now()
 );
-COMMENT ON TABLE @extschema@.system_servers IS 'MCP servers that every user''s jobs may call. The config is stored in clear: put no user''s credentials here.';
+COMMENT ON TABLE @extschema@.system_servers IS 'MCP servers that every user''s jobs may call. The config is stored in clear: put no credentials here, but {{secret:name}} where they go (see create_secret).';
 COMMENT ON COLUMN @extschema@.system_servers.id IS 'The name that jobs use as server_id, 1 to 200 characters.';
 COMMENT ON COLUMN @extschema@.system_servers.ref_id IS 'A stable uuid for references from other tables.';
 COMMENT ON COLUMN @extschema@.system_servers.name IS 'The name shown to people.';
@@ -113,7 +113,7 @@ BEGIN ATOMIC
     SELECT coalesce((SELECT id FROM added), _nexus_hub.server_exists(p_server_id));
 END;
 COMMENT ON FUNCTION @extschema@.add_server(text, text, jsonb, uuid) IS
-    'Adds an MCP server for a user and returns the row''s id. p_server_id: the name jobs use, 1 to 200 characters. p_name: for people (NULL: p_server_id). p_config: {"url", "headers", "timeout_ms"}, encrypted before anything is written. p_user_id: the owner (NULL: the caller''s nexus_hub_uid()). Errors: 22023 bad argument, 23505 the user has that server, 42501 not the caller''s own, F0000 no vault key.';
+    'Adds an MCP server for a user and returns the row''s id. p_server_id: the name jobs use, 1 to 200 characters. p_name: for people (NULL: p_server_id). p_config: {"url", "headers", "timeout_ms"}, encrypted before anything is written; {{secret:name}} in the URL or a header''s value stands for the user''s own secret of that name. p_user_id: the owner (NULL: the caller''s nexus_hub_uid()). Errors: 22023 bad argument, 23505 the user has that server, 42501 not the caller''s own, F0000 no vault key.';
 
 CREATE FUNCTION @extschema@.update_server(p_id uuid, p_name text DEFAULT NULL, p_config jsonb DEFAULT NULL, p_enabled boolean DEFAULT NULL)
 RETURNS boolean

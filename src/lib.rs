@@ -1,6 +1,6 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `jobs`, `servers`, `vault` → `net` and `pg` →
+//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `jobs`, `secrets`, `servers`, `vault` → `net` and `pg` →
 //! `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
@@ -11,6 +11,7 @@ mod domain;
 mod jobs;
 mod net;
 mod pg;
+mod secrets;
 mod servers;
 mod vault;
 mod worker;
@@ -24,7 +25,8 @@ extension_sql_file!("../sql/bootstrap.sql", name = "bootstrap", bootstrap);
 extension_sql_file!("../sql/audit.sql", name = "audit", requires = ["bootstrap"]);
 extension_sql_file!("../sql/vault.sql", name = "vault", requires = ["audit"]);
 extension_sql_file!("../sql/servers.sql", name = "servers", requires = ["vault"]);
-extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["servers"]);
+extension_sql_file!("../sql/secrets.sql", name = "secrets", requires = ["servers"]);
+extension_sql_file!("../sql/jobs.sql", name = "jobs", requires = ["secrets"]);
 extension_sql_file!("../sql/byok.sql", name = "byok", requires = ["jobs"]);
 extension_sql_file!("../sql/columns.sql", name = "columns", requires = ["byok"]);
 extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["columns"]);

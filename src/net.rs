@@ -9,7 +9,9 @@ pub mod http;
 pub mod mcp;
 pub mod outbound;
 mod outcome;
+mod redaction;
 mod runtime;
+pub mod template;
 
 pub use body::Held;
 pub use outcome::{Ending, Retry, Verdict};

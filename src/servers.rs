@@ -8,6 +8,7 @@ use crate::pg::guc;
 use crate::vault;
 use pgrx::prelude::*;
 use reqwest::Url;
+use std::cell::OnceCell;
 
 const MAX_SERVER_ID_LENGTH: usize = 200;
 const MAX_CONFIG_BYTES: usize = 64 * 1024;
@@ -98,6 +99,8 @@ pub struct ServerRow {
     pub user_enabled: Option<bool>,
     pub system_config: Option<String>,
     pub system_enabled: Option<bool>,
+    /// What the config says, for all jobs of a batch that go there.
+    pub endpoint: OnceCell<Result<Endpoint, String>>,
 }
 
 impl ServerRow {
@@ -105,10 +108,15 @@ impl ServerRow {
     pub fn is_users_own(&self) -> bool {
         self.user_enabled == Some(true)
     }
+
+    /// The server that jobs with this server id go to, its placeholders not filled in. The error is for the job's row.
+    pub fn endpoint(&self, server_id: &str) -> Result<&Endpoint, String> {
+        self.endpoint.get_or_init(|| resolve(server_id, self)).as_ref().map_err(String::clone)
+    }
 }
 
-/// The server a job goes to: the user's own if enabled, else the system's if enabled. The error is for the job's row.
-pub fn resolve(server_id: &str, row: &ServerRow) -> Result<Endpoint, String> {
+/// The user's own server if enabled, else the system's if enabled.
+fn resolve(server_id: &str, row: &ServerRow) -> Result<Endpoint, String> {
     let bad_config = |problem: String| format!("the config of server \"{server_id}\" cannot be used: {problem}");
     if row.is_users_own() {
         let sealed = row.user_config.as_deref().ok_or_else(|| bad_config("it is missing".into()))?;

@@ -3,6 +3,7 @@
 mod assign;
 mod backlog;
 mod feed;
+mod fill;
 mod launcher;
 mod record;
 mod rotate;

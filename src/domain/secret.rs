@@ -6,7 +6,7 @@ use zeroize::{Zeroize, Zeroizing};
 pub const REDACTED: &str = "[redacted]";
 
 /// Secrets shorter than this are not searched for in texts: replacing every "a" would help nobody.
-const SHORTEST_REDACTED: usize = 4;
+pub const SHORTEST_REDACTED: usize = 4;
 
 /// A secret text: it has no `Display`, its `Debug` is redacted, and its memory is wiped when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
@@ -17,9 +17,26 @@ impl Secret {
         Self(Zeroizing::new(text))
     }
 
+    /// Of several words ("Bearer abc") the last: servers echo the token alone.
+    pub fn last_word(&self) -> Self {
+        let whole = self.0.trim();
+        Self::new(whole.rsplit(char::is_whitespace).next().unwrap_or(whole).to_owned())
+    }
+
+    /// The same in lower case, as far as it is ASCII.
+    pub fn to_lower_case(&self) -> Self {
+        Self::new(self.0.to_ascii_lowercase())
+    }
+
     /// The secret itself. Whoever calls this answers for where it goes.
     pub fn expose(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<Zeroizing<String>> for Secret {
+    fn from(text: Zeroizing<String>) -> Self {
+        Self(text)
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::domain::job::JobType;
 use crate::domain::schedule::{BreakerState, LaneKey, Position, Read, Row};
 use crate::net::Verdict;
+use crate::secrets::{Sealed, Wanted};
 use crate::servers::ServerRow;
 use pgrx::prelude::*;
 use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiError, SpiHeapTupleData};
@@ -54,6 +55,7 @@ pub struct Queue {
     read: OwnedPreparedStatement,
     next_due: OwnedPreparedStatement,
     servers: OwnedPreparedStatement,
+    secrets: OwnedPreparedStatement,
     claim: OwnedPreparedStatement,
     complete: OwnedPreparedStatement,
     lost: OwnedPreparedStatement,
@@ -86,6 +88,7 @@ fn server(row: &SpiHeapTupleData<'_>, first: usize) -> Result<ServerRow, SpiErro
         user_enabled: row.get(first + 1)?,
         system_config: row.get(first + 2)?,
         system_enabled: row.get(first + 3)?,
+        ..ServerRow::default()
     })
 }
 
@@ -114,6 +117,10 @@ impl Queue {
                 servers: prepare(
                     "SELECT lane, user_config, user_enabled, system_config, system_enabled FROM _nexus_hub.read_servers($1, $2)",
                     &[Oids::UUIDARRAYOID, Oids::TEXTARRAYOID],
+                )?,
+                secrets: prepare(
+                    "SELECT place, value_encrypted, context FROM _nexus_hub.read_secrets($1, $2, $3)",
+                    &[Oids::UUIDARRAYOID, Oids::BOOLARRAYOID, Oids::TEXTARRAYOID],
                 )?,
                 claim: prepare(
                     "SELECT id, user_id, job_type, server_id, tool_name, params, timeout_ms, attempts, max_attempts
@@ -228,6 +235,24 @@ impl Queue {
                 }
             }
             Ok(servers)
+        })
+    }
+
+    /// The secrets that jobs name; `None` for those that are not there.
+    pub fn secrets(&self, wanted: &[Wanted]) -> Result<Vec<Option<Sealed>>, SpiError> {
+        let users: Vec<_> = wanted.iter().map(|wanted| wanted.user.map(datum)).collect();
+        let shared: Vec<_> = wanted.iter().map(|wanted| wanted.may_be_shared).collect();
+        let names: Vec<_> = wanted.iter().map(|wanted| wanted.name.clone()).collect();
+        let mut found = vec![None; wanted.len()];
+        Spi::connect(|client| {
+            for row in client.select(&self.secrets, None, &[users.into(), shared.into(), names.into()])? {
+                let place = row.get::<i32>(1)?.and_then(|place| usize::try_from(place - 1).ok());
+                let Some((value, context)) = row.get(2)?.zip(row.get(3)?) else { continue };
+                if let Some(place) = place.and_then(|place| found.get_mut(place)) {
+                    *place = Some(Sealed { value, context });
+                }
+            }
+            Ok(found)
         })
     }
 

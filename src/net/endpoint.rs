@@ -1,12 +1,16 @@
 //! Where a request goes and what credentials go with it: URLs, headers and the config of a server.
 
+use super::template::Template;
+use crate::domain::percent;
 use crate::domain::secret::Secret;
+use base64::Engine;
 use reqwest::Url;
 use reqwest::header::{HeaderName, HeaderValue};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// Longest time-out a config or a job may ask for.
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
@@ -21,11 +25,16 @@ const RESERVED: [&str; 6] = ["accept", "content-type", "host", "idempotency-key"
 /// Headers that frame a message on its connection: nobody may set them.
 const FRAMING: [&str; 3] = ["connection", "content-length", "transfer-encoding"];
 
+/// Headers by name.
+pub type Headers = Vec<(HeaderName, Secret)>;
+
 /// An MCP server: the plaintext of a config, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     pub url: Url,
-    pub headers: Vec<(HeaderName, Secret)>,
+    pub headers: Headers,
+    /// What is to be filled in before it can be called.
+    pub template: Option<Template>,
     pub timeout: Option<Duration>,
     /// Requests that may be in flight to the server.
     pub max_in_flight: Option<usize>,
@@ -43,7 +52,8 @@ impl Endpoint {
         if let Some((name, _)) = headers.iter().find(|(name, _)| reserved(name.as_str())) {
             return Err(format!("the header \"{name}\" is set by the protocol and cannot be given"));
         }
-        Ok(Self { url: url(config)?, headers, timeout: timeout(config)?, max_in_flight: max_in_flight(config)? })
+        let (url, template) = (url(config)?, Template::of(config)?);
+        Ok(Self { url, headers, template, timeout: timeout(config)?, max_in_flight: max_in_flight(config)? })
     }
 
     /// The secrets that must not come out in a text.
@@ -95,11 +105,21 @@ fn plain_authority(text: &str) -> Option<String> {
 }
 
 /// What may be secret in a request's target: the values of its headers, and the password and query of its URL.
-pub fn secrets(url: &Url, headers: &[(HeaderName, Secret)]) -> Vec<Secret> {
+pub fn secrets(url: &Url, headers: &Headers) -> Vec<Secret> {
     let in_headers = headers.iter().map(|(_, value)| value.clone());
     let in_query = url.query_pairs().map(|(_, value)| Secret::new(value.into_owned()));
     let password = url.password().map(|password| Secret::new(password.to_owned()));
-    in_headers.chain(in_query).chain(password).collect()
+    in_headers.chain(in_query).chain(password).chain(basic(url)).collect()
+}
+
+/// What the user name and password of a URL are sent as (RFC 7617), if it has any.
+pub fn basic(url: &Url) -> Option<Secret> {
+    if url.username().is_empty() && url.password().is_none() {
+        return None;
+    }
+    let (user, password) = (percent::decode(url.username()), percent::decode(url.password().unwrap_or_default()));
+    let credentials = Zeroizing::new([&user[..], b":", &password[..]].concat());
+    Some(Secret::new(format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(&*credentials))))
 }
 
 /// The members of a JSON object as they are written.
@@ -141,7 +161,7 @@ pub fn parse_url(text: &str) -> Result<Url, String> {
 }
 
 /// The key "headers": an object of strings that are fit to be sent.
-pub fn headers(object: &Map<String, Value>) -> Result<Vec<(HeaderName, Secret)>, String> {
+pub fn headers(object: &Map<String, Value>) -> Result<Headers, String> {
     let given = match object.get("headers") {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Object(given)) => given,

@@ -1,13 +1,16 @@
 //! Plain HTTP: `http_request` jobs.
 
 use super::body::{self, Held};
-use super::endpoint::{self, sensitive};
+use super::endpoint::{self, Headers, sensitive};
 use super::failure::{self, Failure, status_text};
-use super::outbound::Outbound;
+use super::outbound::{Outbound, authorized};
 use super::outcome::{Ending, Retry, Verdict};
+use super::redaction::redacting;
 use super::runtime::Limits;
+use super::template::{Filled, Template};
 use crate::domain::backoff;
 use crate::domain::json::is_storable;
+use crate::domain::redact::{Redactor, TooLarge};
 use crate::domain::schedule::Reach;
 use crate::domain::secret::Secret;
 use base64::Engine;
@@ -17,6 +20,7 @@ use reqwest::header::{
 };
 use reqwest::{Method, Request, Response, StatusCode, Url};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -39,7 +43,8 @@ pub fn retry_after(response: &Response) -> Option<Duration> {
 pub struct HttpCall {
     method: Method,
     url: Url,
-    headers: Vec<(HeaderName, Secret)>,
+    headers: Headers,
+    template: Option<Template>,
     body: Option<(String, bool)>,
     pub timeout: Option<Duration>,
     /// What is asked of the server is to take the job over.
@@ -53,6 +58,7 @@ impl HttpCall {
             method: Method::POST,
             url,
             headers: vec![(AUTHORIZATION, authorization)],
+            template: None,
             body: Some((body, true)),
             timeout: None,
             hands_over: true,
@@ -82,10 +88,26 @@ impl HttpCall {
             method,
             url: endpoint::url(params)?,
             headers: endpoint::headers(params)?,
+            template: Template::of(params)?,
             body,
             timeout: endpoint::timeout(params)?,
             hands_over: false,
         })
+    }
+
+    /// What is to be filled in before it can be sent.
+    pub fn template(&self) -> Option<&Template> {
+        self.template.as_ref()
+    }
+
+    /// The headers, as far as they are known.
+    pub fn headers(&self) -> &Headers {
+        &self.headers
+    }
+
+    /// The same request to what was filled in.
+    pub fn to(self, target: Filled) -> Self {
+        Self { url: target.url, headers: target.headers, template: None, ..self }
     }
 
     /// Where it goes.
@@ -98,8 +120,14 @@ impl HttpCall {
         endpoint::secrets(&self.url, &self.headers)
     }
 
-    /// Makes the request, and follows redirects.
-    pub async fn perform(&self, outbound: &Outbound, job: Uuid, limits: &Arc<Limits>) -> Result<Ending, Failure> {
+    /// Makes the request, and follows redirects. What `redactor` finds stays out of the answer.
+    pub async fn perform(
+        &self,
+        outbound: &Outbound,
+        job: Uuid,
+        limits: &Arc<Limits>,
+        redactor: &Arc<Redactor>,
+    ) -> Result<Ending, Failure> {
         let mut headers = HeaderMap::new();
         if let Ok(key) = HeaderValue::from_str(&job.to_string()) {
             headers.insert(IDEMPOTENCY_KEY, key);
@@ -113,7 +141,12 @@ impl HttpCall {
             }
         }
         let body = self.body.as_ref().map(|(body, _)| body.clone());
-        let mut hop = Hop { method: self.method.clone(), url: self.url.clone(), headers, body };
+        // Once: a redirect within the origin keeps the header, but may lose what is in the URL.
+        let mut first = Request::new(self.method.clone(), self.url.clone());
+        *first.headers_mut() = headers;
+        let mut first = authorized(first);
+        let headers = std::mem::take(first.headers_mut());
+        let mut hop = Hop { method: self.method.clone(), url: first.url().clone(), headers, body };
         let max_redirects = if self.hands_over { 0 } else { limits.max_redirects() };
         let mut followed = 0;
         let response = loop {
@@ -131,22 +164,34 @@ impl HttpCall {
                 return Err(Failure::Redirect(format!("there are more than {max_redirects} of them")));
             }
         };
-        self.judge(response, limits).await
+        self.judge(response, limits, redactor).await
     }
 
-    async fn judge(&self, response: Response, limits: &Arc<Limits>) -> Result<Ending, Failure> {
+    async fn judge(
+        &self,
+        response: Response,
+        limits: &Arc<Limits>,
+        redactor: &Arc<Redactor>,
+    ) -> Result<Ending, Failure> {
         let status = response.status();
         let retry_after = retry_after(&response);
         let headers = response.headers().clone();
         let held = Held::default();
         let body = body::read(response, limits, &held).await?;
         let is_failure = status.is_client_error() || status.is_server_error();
+        let limit = limits.max_response_bytes();
+        let redactor = Arc::clone(redactor);
+        let answer = async move || {
+            let size = if redactor.is_empty() { 0 } else { body.len() };
+            let write = move || answer(status.as_u16(), &headers, &body, &redactor, limit);
+            redacting(size, write).await?.map_err(|TooLarge| Failure::TooLarge { limit })
+        };
         let (verdict, retry) = if is_failure {
             let error = format!("the server answered {}", status_text(status.as_u16()));
-            let result = (!self.hands_over).then(|| answer(status.as_u16(), &headers, &body));
+            let result = if self.hands_over { None } else { Some(answer().await?) };
             (Verdict::Failed { error, result }, failure::retry(status.as_u16(), retry_after))
         } else if !self.hands_over {
-            (Verdict::Completed { result: answer(status.as_u16(), &headers, &body) }, Retry::Never)
+            (Verdict::Completed { result: answer().await? }, Retry::Never)
         } else if status == StatusCode::ACCEPTED {
             (Verdict::HandedOver, Retry::Never)
         } else {
@@ -216,7 +261,14 @@ pub fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Failure>
 
 /// `{"status", "headers", "body"}` as JSON text: a JSON body as the server wrote it, a text as a string, and bytes
 /// that are neither as base64 under "body_base64". An empty body has neither key.
-fn answer(status: u16, headers: &HeaderMap, body: &[u8]) -> String {
+fn answer(
+    status: u16,
+    headers: &HeaderMap,
+    body: &[u8],
+    redactor: &Redactor,
+    limit: usize,
+) -> Result<String, TooLarge> {
+    let shown = |text: String| Ok(redactor.text(&text, limit)?.unwrap_or(text));
     let mut answer = String::with_capacity(256 + body.len());
     let _ = write!(answer, "{{\"status\":{status},\"headers\":{{");
     for (number, name) in headers.keys().enumerate() {
@@ -228,7 +280,8 @@ fn answer(status: u16, headers: &HeaderMap, body: &[u8]) -> String {
         }
         text.retain(|character| character != '\0');
         let comma = if number > 0 { "," } else { "" };
-        let _ = write!(answer, "{comma}{}:{}", Value::from(name.as_str()), Value::from(text));
+        let _ =
+            write!(answer, "{comma}{}:{}", Value::from(shown(name.as_str().to_owned())?), Value::from(shown(text)?));
     }
     answer.push('}');
     let is_json = headers
@@ -239,20 +292,27 @@ fn answer(status: u16, headers: &HeaderMap, body: &[u8]) -> String {
         match std::str::from_utf8(body) {
             Ok(text) if is_json && is_storable(text) => {
                 answer.push_str(",\"body\":");
-                answer.push_str(text);
+                answer.push_str(redactor.json(text, limit)?.as_deref().unwrap_or(text));
             }
             Ok(text) if !text.contains('\0') => {
-                let _ = write!(answer, ",\"body\":{}", Value::from(text));
+                // JSON under another name, or such as the database does not take.
+                let is_json = !redactor.is_empty()
+                    && text.trim_start().starts_with(['{', '[', '"'])
+                    && serde_json::from_str::<&RawValue>(text).is_ok();
+                let redacted = if is_json { redactor.json(text, limit)? } else { redactor.text(text, limit)? };
+                let _ = write!(answer, ",\"body\":{}", Value::from(redacted.as_deref().unwrap_or(text)));
             }
             _ => {
                 answer.push_str(",\"body_base64\":\"");
-                base64::engine::general_purpose::STANDARD.encode_string(body, &mut answer);
+                let redacted = redactor.bytes(body, limit)?;
+                let bytes = redacted.as_deref().unwrap_or(body);
+                base64::engine::general_purpose::STANDARD.encode_string(bytes, &mut answer);
                 answer.push('"');
             }
         }
     }
     answer.push('}');
-    answer
+    Ok(answer)
 }
 
 #[cfg(test)]
@@ -263,7 +323,7 @@ mod tests {
     fn answered(kind: &'static str, body: &[u8]) -> Value {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-        let text = answer(200, &headers, body);
+        let text = answer(200, &headers, body, &Redactor::default(), 1000).expect("small");
         serde_json::from_str(&text).unwrap_or_else(|problem| panic!("{problem}: {text}"))
     }
 
@@ -290,7 +350,8 @@ mod tests {
     fn numbers_reach_the_row_as_the_server_wrote_them() {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let text = answer(200, &headers, b"123456789012345678901234567890.10");
+        let number = b"123456789012345678901234567890.10";
+        let text = answer(200, &headers, number, &Redactor::default(), 1000).expect("small");
         assert!(text.ends_with("\"body\":123456789012345678901234567890.10}"), "{text}");
     }
 

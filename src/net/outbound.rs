@@ -3,9 +3,11 @@
 //! The policy judges the address that is connected to: a literal one before the request, the ones a name stands for
 //! in the resolver that the client connects with, so a name that changes its addresses gains nothing.
 
+use super::endpoint;
 use super::failure::{Failure, causes};
 use crate::domain::egress::Policy;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::header::AUTHORIZATION;
 use reqwest::{Client, Request, Response, Url};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -210,7 +212,7 @@ impl Outbound {
     pub async fn send(&self, request: impl Fn() -> Request) -> Result<Response, Failure> {
         let current = self.current();
         loop {
-            let attempt = request();
+            let attempt = authorized(request());
             let url = attempt.url();
             if let Some(what) = refusal(&current.policy, url) {
                 let host = url.host_str().unwrap_or_default().to_owned();
@@ -230,6 +232,20 @@ impl Outbound {
             }
         }
     }
+}
+
+/// The request with the user name and password of its URL in a header, where HTTP has them.
+pub fn authorized(mut request: Request) -> Request {
+    let Some(credentials) = endpoint::basic(request.url()) else { return request };
+    if !request.headers().contains_key(AUTHORIZATION)
+        && let Some(credentials) = endpoint::sensitive(&credentials)
+    {
+        request.headers_mut().insert(AUTHORIZATION, credentials);
+    }
+    // They can be taken from any URL with a host.
+    let _ = request.url_mut().set_username("");
+    let _ = request.url_mut().set_password(None);
+    request
 }
 
 /// Whether no connection came about because the process, or the system, has no descriptor left.

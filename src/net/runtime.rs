@@ -1,13 +1,14 @@
 //! The network thread: a tokio runtime that takes requests in and gives outcomes back.
 
 use super::endpoint::Endpoint;
-use super::failure::{Failure, quote};
+use super::failure::Failure;
 use super::http::HttpCall;
 use super::mcp::{self, McpCall, Sessions};
 use super::outbound::Outbound;
-use super::outcome::{Ending, Outcome, Verdict};
-use crate::domain::schedule::Reach;
-use crate::domain::secret::{Secret, redact};
+use super::outcome::{Ending, Outcome};
+use super::redaction::{with_redacted_result, without_secrets};
+use super::template::Hidden;
+use crate::domain::redact::Redactor;
 use futures::FutureExt;
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -44,6 +45,8 @@ pub struct Request {
     pub lease: Uuid,
     pub timeout: Duration,
     pub work: Work,
+    /// The secrets that were filled in, and what the answer shows in their stead.
+    pub hidden: Hidden,
 }
 
 /// What a job asks for.
@@ -277,14 +280,15 @@ async fn run(
     sessions: &Sessions,
     cancelled: oneshot::Receiver<()>,
 ) -> Option<Ending> {
-    let Request { job, timeout, work, .. } = request;
+    let Request { job, timeout, work, hidden, .. } = request;
+    let redactor = Arc::new(Redactor::new(hidden.iter().map(|(secret, mark)| (secret, mark.as_str()))));
     match work {
         Work::Http(call) => {
-            let work = tokio::time::timeout(timeout, call.perform(outbound, job, limits));
+            let work = tokio::time::timeout(timeout, call.perform(outbound, job, limits, &redactor));
             tokio::select! {
                 ended = work => {
                     let ended = ended.unwrap_or(Err(Failure::Timeout(timeout)));
-                    Some(without_secrets(ended, || call.secrets()))
+                    Some(without_secrets(ended, || call.secrets(), &hidden))
                 }
                 Ok(()) = cancelled => None,
             }
@@ -293,21 +297,11 @@ async fn run(
             // Boxed, or every task would be as large as the largest kind.
             let work = Box::pin(mcp::perform(sessions, &endpoint, call, job, timeout, cancelled));
             let ended = tokio::time::timeout(timeout + GRACE, work).await;
-            let ended = ended.unwrap_or(Err(Failure::Timeout(timeout))).transpose()?;
-            Some(without_secrets(ended, || endpoint.secrets()))
+            let mut ended = ended.unwrap_or(Err(Failure::Timeout(timeout))).transpose()?;
+            if let Ok(ending) = ended {
+                ended = with_redacted_result(ending, &redactor, limits.max_response_bytes()).await;
+            }
+            Some(without_secrets(ended, || endpoint.secrets(), &hidden))
         }
     }
-}
-
-/// Redacted before it is cut to its length: half a secret at the cut would not be found.
-fn without_secrets(ended: Result<Ending, Failure>, secrets: impl FnOnce() -> Vec<Secret>) -> Ending {
-    let mut ending = ended.unwrap_or_else(Ending::from);
-    if let Verdict::Failed { error, .. } = &mut ending.verdict {
-        let secrets = secrets();
-        *error = quote(&redact(error, &secrets));
-        if let Reach::Unreachable(error) = &mut ending.reach {
-            *error = quote(&redact(error, &secrets));
-        }
-    }
-    ending
 }

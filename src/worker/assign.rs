@@ -1,5 +1,6 @@
 //! From a claimed job to the request that the network thread makes, and from its end to what is written.
 
+use super::fill::Secrets;
 use crate::domain::backoff;
 use crate::domain::job::JobType;
 use crate::domain::schedule::Route;
@@ -8,9 +9,10 @@ use crate::jobs::queue::{ClaimedJob, Completion};
 use crate::net::endpoint;
 use crate::net::http::HttpCall;
 use crate::net::mcp::McpCall;
+use crate::net::template::Hidden;
 use crate::net::{Ending, Request, Retry, Work};
 use crate::pg::guc::WorkerSettings;
-use crate::servers::{self, ServerRow};
+use crate::servers::ServerRow;
 use reqwest::Url;
 use serde_json::{Value, json, value::RawValue};
 use std::time::Duration;
@@ -48,7 +50,7 @@ impl Edge {
 
 /// Where the jobs of a server go; `None` when that cannot be told.
 pub fn route(user: Option<u128>, server_id: &str, server: &ServerRow) -> Option<Route> {
-    let endpoint = servers::resolve(server_id, server).ok()?;
+    let endpoint = server.endpoint(server_id).ok()?;
     // A server of everybody's has one cap for all of them.
     let owner =
         user.filter(|_| server.is_users_own()).map(|user| Uuid::from_u128(user).to_string()).unwrap_or_default();
@@ -67,18 +69,30 @@ pub fn request(
     lease: Uuid,
     default_timeout: Duration,
     edge: Option<&Result<Edge, String>>,
+    secrets: &Secrets,
 ) -> Result<Request, String> {
     let kind = JobType::parse(&job.job_type).ok_or_else(|| format!("unknown job type \"{}\"", job.job_type))?;
     if kind == JobType::HttpRequest {
         let call = HttpCall::parse(&job.params).map_err(|problem| format!("bad request: {problem}"))?;
         let timeout = job.timeout.or(call.timeout).unwrap_or(default_timeout);
-        return Ok(Request { job: job.id, lease, timeout, work: Work::Http(call) });
+        let Some(template) = call.template() else {
+            return Ok(Request { job: job.id, lease, timeout, work: Work::Http(call), hidden: Hidden::new() });
+        };
+        let mut filled = secrets.fill(&job, template, call.headers())?;
+        let hidden = std::mem::take(&mut filled.hidden);
+        return Ok(Request { job: job.id, lease, timeout, work: Work::Http(call.to(filled)), hidden });
     }
     if let Some(edge) = edge {
         let edge = edge.as_ref().map_err(String::clone)?;
         let timeout = job.timeout.unwrap_or(default_timeout);
         let call = HttpCall::hand_over(edge.url.clone(), edge.authorization.clone(), edge_body(&job)?);
-        return Ok(Request { job: job.id, lease, timeout, work: Work::Http(call) });
+        return Ok(Request { job: job.id, lease, timeout, work: Work::Http(call), hidden: Hidden::new() });
+    }
+    let mut endpoint = job.server.endpoint(job.server_id.as_deref().unwrap_or_default())?.clone();
+    let mut hidden = Hidden::new();
+    if let Some(template) = endpoint.template.take() {
+        let filled = secrets.fill(&job, &template, &endpoint.headers)?;
+        (endpoint.url, endpoint.headers, hidden) = (filled.url, filled.headers, filled.hidden);
     }
     let tool_name = job.tool_name;
     let name = || tool_name.clone().ok_or_else(|| "the job has no tool_name".to_owned());
@@ -92,9 +106,8 @@ pub fn request(
             McpCall::Resource { uri: uri.to_owned() }
         }
     };
-    let endpoint = servers::resolve(job.server_id.as_deref().unwrap_or_default(), &job.server)?;
     let timeout = job.timeout.or(endpoint.timeout).unwrap_or(default_timeout);
-    Ok(Request { job: job.id, lease, timeout, work: Work::Mcp { endpoint, call } })
+    Ok(Request { job: job.id, lease, timeout, work: Work::Mcp { endpoint, call }, hidden })
 }
 
 /// What the executor is sent. The arguments go as they stand in the job.

@@ -3,6 +3,7 @@
 use super::assign;
 use super::backlog::Finished;
 use super::feed;
+use super::fill::Secrets;
 use super::run::{FLUSH_TIME, RESTART, Worker};
 use super::start;
 use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
@@ -44,6 +45,8 @@ pub struct Done {
     locked: Vec<Claim>,
     lease: Uuid,
     claimed: Vec<ClaimedJob>,
+    /// What they name.
+    secrets: Secrets,
     /// Jobs in flight that are no longer to be run.
     lost: Vec<Claim>,
 }
@@ -157,6 +160,7 @@ impl Worker {
                 if !picks.is_empty() {
                     let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
                     done.claimed = queue.claim(lease, &jobs, careful)?;
+                    done.secrets = Secrets::read(queue, &done.claimed, edge.is_some())?;
                 }
                 Ok::<_, pgrx::spi::SpiError>(done)
             };
@@ -211,7 +215,7 @@ impl Worker {
             done.claimed.into_iter().map(|job| (job.id.as_u128(), job)).collect();
         for pick in picks {
             match (claimed.remove(&pick.position.id), &pick.failure) {
-                (Some(job), None) => self.send(job, done.lease, &pick),
+                (Some(job), None) => self.send(job, done.lease, &done.secrets, &pick),
                 (Some(job), Some(failure)) => {
                     let error =
                         format!("{failure} (not tried again for this job: the circuit breaker of its host is open)");
@@ -228,10 +232,10 @@ impl Worker {
         }
     }
 
-    fn send(&mut self, job: ClaimedJob, lease: Uuid, pick: &Pick) {
+    fn send(&mut self, job: ClaimedJob, lease: Uuid, secrets: &Secrets, pick: &Pick) {
         let (id, lane, counted) = (job.id, pick.lane, pick.counted);
         let attempts = (job.attempts, assign::max_attempts(&job));
-        match assign::request(job, lease, self.settings.request_timeout, self.edge.as_ref()) {
+        match assign::request(job, lease, self.settings.request_timeout, self.edge.as_ref(), secrets) {
             Ok(request) => {
                 // If the thread is gone, the next loop notices and the next worker takes the job.
                 self.net.send(request);

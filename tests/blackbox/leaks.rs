@@ -60,7 +60,27 @@ fn bound_parameters_leave_no_plaintext_and_no_key_in_logs_statistics_files_wal_a
     let got: String =
         client.query_one("SELECT get_user_api_key($1, 'openai')", &[&uuid::Uuid::nil()]).expect("the key").get(0);
     assert_eq!(got, marked("api-key"));
+    // A named secret, at a server that gives back what it was sent, in an error and as a result.
+    let user = uuid::Uuid::parse_str(ALICE).expect("a uuid");
+    for (name, user) in [("named", Some(user)), ("named", None)] {
+        client.query_one("SELECT create_secret($1, $2, $3)", &[&name, &marked("first"), &user]).expect("a secret");
+        let changed = client.query_one("SELECT update_secret($1, $2, $3)", &[&name, &marked("named"), &user]);
+        assert!(changed.expect("update_secret").get::<_, bool>(0));
+    }
+    let named = json!({"url": format!("{}?k={{{{secret:named}}}}", echo.url), "headers": {"Authorization": "Bearer {{secret:named}}"}});
+    add_server(&mut client, "named", named.clone());
+    let error = run_job(&mut client, "tool_invoke", "named", Some("t"), json!({})).failed();
+    assert!(error.contains("401") && !error.contains(MARKER), "{error}");
+    let job = run_http(&mut client, named);
+    assert!(format!("{job:?}").contains("{{secret:named}}") && !format!("{job:?}").contains(MARKER), "{job:?}");
+    assert!(echo.requests().iter().filter(|request| request.contains(&marked("named"))).count() >= 2);
     // Refused, with the secret among the arguments.
+    let refused = client.query_one("SELECT create_secret('a b', $1)", &[&marked("name")]);
+    assert!(!format!("{:?}", refused.expect_err("no name")).contains(MARKER));
+    let refused = client.query_one("SELECT create_secret('named', $1)", &[&format!("{}\n", marked("line"))]);
+    assert!(!format!("{:?}", refused.expect_err("a line end")).contains(MARKER));
+    let refused = client.query_one("SELECT create_secret('named', $1)", &[&marked("again")]);
+    assert!(!format!("{:?}", refused.expect_err("a duplicate")).contains(MARKER));
     let refused =
         client.query_one("SELECT insert_user_api_key($1, 'nobody', $2)", &[&uuid::Uuid::nil(), &marked("refused")]);
     assert!(!format!("{:?}", refused.expect_err("no such service")).contains(MARKER));
@@ -76,7 +96,7 @@ fn bound_parameters_leave_no_plaintext_and_no_key_in_logs_statistics_files_wal_a
     client.batch_execute("SELECT pg_reload_conf()").expect("reload");
     let ring = "SELECT count(*) = 2 FROM vault_keys WHERE source IS NOT NULL";
     wait_until("the new key", || value(&mut client, ring));
-    assert_eq!(value::<i32>(&mut client, "SELECT servers_updated FROM rotate_vault_key()"), 1);
+    assert_eq!(value::<i32>(&mut client, "SELECT servers_updated FROM rotate_vault_key()"), 2);
 
     for text in [MARKER, KEY, NEW_KEY] {
         assert_eq!(shown_statements(&mut client, text), 0, "{text}");

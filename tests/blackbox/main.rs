@@ -15,6 +15,7 @@ mod mcp;
 mod online_rotation;
 mod retries;
 mod rotation;
+mod secrets;
 mod sql_suites;
 mod storm;
 mod support;

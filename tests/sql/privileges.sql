@@ -64,13 +64,21 @@ SELECT set_eq(
               ('_nexus_hub.require_service_role(boolean)', 'EXECUTE'), ('_nexus_hub.note_vault_use(text,text)', 'EXECUTE'), ('_nexus_hub.require_service_role_for(boolean,text,uuid,text)', 'EXECUTE')$$,
     'PUBLIC may execute what policies, defaults, generated columns and constraints call, what says by itself that it is for the service role, what notes a use of the vault, and nothing else');
 SELECT is_empty($$SELECT * FROM granted WHERE is_grantable$$, 'nobody may pass a right on');
-SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub'$$,
-                'the views in _nexus_hub are granted to nobody');
+SELECT is_empty($$SELECT g.* FROM granted g JOIN extension_table t ON starts_with(g.object, t.name) WHERE t.nspname = '_nexus_hub' AND t.relname <> 'secrets'$$,
+                'the views and tables in _nexus_hub are granted to nobody, but for named secrets');
+SELECT set_eq(
+    $$SELECT CASE WHEN object = '_nexus_hub.secrets' THEN '' ELSE split_part(object, '.', 3) END, privilege_type, grantee FROM granted WHERE object ~ '^_nexus_hub\.secrets(\.|$)'$$,
+    $$SELECT column_name, 'SELECT' AS privilege, 'authenticated' AS grantee FROM unnest(ARRAY['id', 'user_id', 'name', 'created_at', 'updated_at']) AS column_name
+      UNION ALL SELECT column_name, 'INSERT', 'authenticated' FROM unnest(ARRAY['user_id', 'name', 'value_encrypted']) AS column_name
+      UNION ALL SELECT column_name, 'UPDATE', 'authenticated' FROM unnest(ARRAY['value_encrypted', 'updated_at']) AS column_name
+      UNION ALL VALUES ('', 'DELETE', 'authenticated')
+      UNION ALL SELECT '', privilege, 'service_role' FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege$$,
+    'of those, authenticated never reads a ciphertext; only functions reach them');
 -- What the public functions call with the caller's rights. All else in _nexus_hub is for the worker.
 SELECT set_eq(
     $$SELECT f.proname::text, g.grantee FROM granted g JOIN extension_function f ON g.object = f.oid::regprocedure::text
        WHERE f.nspname = '_nexus_hub' AND g.grantee <> 'PUBLIC' AND f.proname <> 'url_authority'$$,
-    $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
+    $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_secret', 'seal_secret', 'secret_context', 'secret_exists', 'secret_owner', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
@@ -116,8 +124,8 @@ SELECT set_eq(
     'authenticated reads no config, and writes no column that is not a user''s to write');
 SELECT is_empty(
     $$SELECT name, privilege FROM extension_table, unnest(ARRAY['TRUNCATE', 'REFERENCES', 'TRIGGER', 'DELETE']) AS privilege
-       WHERE has_table_privilege('authenticated', oid, privilege) AND (relname, privilege) <> ('user_servers', 'DELETE')$$,
-    'authenticated deletes from user_servers alone, and truncates nothing');
+       WHERE has_table_privilege('authenticated', oid, privilege) AND (relname, privilege) NOT IN (('user_servers', 'DELETE'), ('secrets', 'DELETE'))$$,
+    'authenticated deletes servers and named secrets alone, and truncates nothing');
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))

@@ -46,6 +46,10 @@ SELECT set_eq(
     ('update_server', 'p_id uuid, p_name text DEFAULT NULL::text, p_config jsonb DEFAULT NULL::jsonb, p_enabled boolean DEFAULT NULL::boolean', 'boolean'),
     ('delete_server', 'p_id uuid', 'boolean'),
     ('list_servers', '', 'TABLE(id uuid, kind text, user_id uuid, server_id text, name text, transport text, enabled boolean, rate_limit_per_minute integer, created_at timestamp with time zone, updated_at timestamp with time zone)'),
+    ('create_secret', 'p_name text, p_value text, p_user_id uuid DEFAULT NULL::uuid', 'uuid'),
+    ('update_secret', 'p_name text, p_value text, p_user_id uuid DEFAULT NULL::uuid', 'boolean'),
+    ('delete_secret', 'p_name text, p_user_id uuid DEFAULT NULL::uuid', 'boolean'),
+    ('list_secrets', '', 'TABLE(id uuid, user_id uuid, name text, created_at timestamp with time zone, updated_at timestamp with time zone)'),
     ('create_job', 'p_user_id uuid, p_job_type text, p_server_id text, p_tool_name text DEFAULT NULL::text, p_params jsonb DEFAULT ''{}''::jsonb, p_priority integer DEFAULT NULL::integer, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_timeout_ms integer DEFAULT NULL::integer, p_max_attempts integer DEFAULT NULL::integer, p_idempotency_key text DEFAULT NULL::text', 'uuid'),
     ('http_request', 'method text, url text, body text DEFAULT NULL::text, headers jsonb DEFAULT ''{}''::jsonb, timeout_ms integer DEFAULT NULL::integer, priority integer DEFAULT NULL::integer, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, idempotency_key text DEFAULT NULL::text', 'uuid'),
     ('http_get', 'url text, headers jsonb DEFAULT ''{}''::jsonb, timeout_ms integer DEFAULT NULL::integer, priority integer DEFAULT NULL::integer, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, idempotency_key text DEFAULT NULL::text', 'uuid'),
@@ -163,6 +167,7 @@ SELECT set_eq(
     ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'),
     ('start_vault_rotation', 'v'), ('pause_vault_rotation', 'v'), ('resume_vault_rotation', 'v'), ('register_vault_column', 'v'), ('unregister_vault_column', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
+    ('create_secret', 'v'), ('update_secret', 'v'), ('delete_secret', 'v'), ('list_secrets', 's'),
     ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
     ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's'),
     ('insert_user_api_key', 'v'), ('get_user_api_key', 's'), ('delete_user_api_key', 'v'), ('touch_user_api_key', 'v'), ('upsert_user_gateway_config', 'v'),
@@ -202,14 +207,14 @@ SELECT is_empty(
          AND a.grantee <> f.proowner$$,
     'and nobody but the owner may execute those');
 
-SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p') AND nspname <> '_nexus_hub' AND NOT relrowsecurity$$,
-    'every public table has row-level security');
+SELECT is_empty($$SELECT relname FROM extension_table WHERE relkind IN ('r', 'p') AND (nspname <> '_nexus_hub' OR relname = 'secrets') AND NOT relrowsecurity$$,
+    'every public table has row-level security, and the one of named secrets');
 -- A restored database knows nothing yet of the hosts it cannot reach.
 SELECT set_eq(
     $$SELECT t.nspname, t.relname FROM pg_extension e JOIN extension_table t ON t.oid = ANY (e.extconfig) WHERE e.extname = 'nexus_hub'$$,
     $$SELECT nspname, relname FROM extension_table WHERE relkind = 'r' AND nspname <> '_nexus_hub' AND relname <> 'circuit_breakers'
-      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys'), ('_nexus_hub', 'registered_columns'), ('_nexus_hub', 'vault_audit_log')$$,
-    'the rows of every public table are dumped, except those of circuit_breakers, which keys and columns they are under, and the audit');
+      UNION ALL VALUES ('_nexus_hub', 'known_vault_keys'), ('_nexus_hub', 'registered_columns'), ('_nexus_hub', 'vault_audit_log'), ('_nexus_hub', 'secrets')$$,
+    'the rows of every public table are dumped, except those of circuit_breakers, which keys and columns they are under, named secrets and the audit');
 SELECT is_empty($$SELECT condition FROM pg_extension e, unnest(e.extcondition) AS condition WHERE e.extname = 'nexus_hub' AND condition NOT IN ('', 'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = relation)')$$,
     'and all of them, but columns of tables that are gone');
 SELECT is_empty(

@@ -6,7 +6,7 @@ use super::wire;
 use crate::net::body::{self, Held};
 use crate::net::failure::{Failure, words};
 use crate::net::http::{IDEMPOTENCY_KEY, redirect, retry_after};
-use crate::net::outbound::Outbound;
+use crate::net::outbound::{Outbound, authorized};
 use crate::net::runtime::Limits;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
@@ -115,7 +115,8 @@ impl Transport {
 
     /// Sends a request, and follows redirects that change neither its method nor its origin: a credential must not go
     /// to another, and a call that becomes a GET is none.
-    async fn send(&self, mut request: Request) -> Result<Response, Failure> {
+    async fn send(&self, request: Request) -> Result<Response, Failure> {
+        let mut request = authorized(request);
         for _ in 0..=self.limits.max_redirects() {
             let url = request.url().clone();
             let response = self.outbound.send(|| copy(&request)).await?;
