@@ -89,13 +89,10 @@ pub struct Object {
 impl Object {
     /// Cut where a character ends.
     pub fn new(name: &str) -> Self {
-        let mut length = name.len().min(MAX_OBJECT);
-        while !name.is_char_boundary(length) {
-            length -= 1;
-        }
+        let kept = cut(name);
         let mut bytes = [0; MAX_OBJECT];
-        bytes[..length].copy_from_slice(&name.as_bytes()[..length]);
-        Self { bytes, length: length as u8 }
+        bytes[..kept.len()].copy_from_slice(kept);
+        Self { bytes, length: kept.len() as u8 }
     }
 
     /// As much of the name as is kept.
@@ -106,7 +103,11 @@ impl Object {
 
 /// The part of a name that [`Object::new`] would keep.
 fn cut(name: &str) -> &[u8] {
-    &name.as_bytes()[..name.floor_char_boundary(MAX_OBJECT)]
+    let mut length = name.len().min(MAX_OBJECT);
+    while !name.is_char_boundary(length) {
+        length -= 1;
+    }
+    &name.as_bytes()[..length]
 }
 
 /// What was done, by whom and to what, so many times.

@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 static REGISTERED: AtomicBool = AtomicBool::new(false);
 static AT_COMMIT: AtomicU8 = AtomicU8::new(NOTHING);
 
+type Watcher = fn(End);
 /// Those who want to know of each transaction's end.
 const MAX_WATCHERS: usize = 4;
 
 thread_local! {
     static AT_END: Cell<Option<fn()>> = const { Cell::new(None) };
-    static WATCHERS: [Cell<Option<fn(End)>>; MAX_WATCHERS] = const { [const { Cell::new(None) }; MAX_WATCHERS] };
+    static WATCHERS: [Cell<Option<Watcher>>; MAX_WATCHERS] = const { [const { Cell::new(None) }; MAX_WATCHERS] };
     static NESTED: Cell<Option<fn(Nested)>> = const { Cell::new(None) };
 }
 
@@ -67,7 +68,7 @@ pub fn at_end(forget: fn()) {
 
 /// Has `watcher` called at the end of the running transaction and of all later ones, parallel workers' included. It runs
 /// where an error would be a PANIC, so it must have no way to fail: no allocation, nothing of PostgreSQL's that raises.
-pub fn watch(watcher: fn(End)) {
+pub fn watch(watcher: Watcher) {
     register();
     WATCHERS.with(|watchers| {
         if let Some(free) = watchers.iter().find(|place| place.get().is_none()) {

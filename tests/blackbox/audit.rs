@@ -332,6 +332,9 @@ fn an_orderly_restart_keeps_entries_and_a_kill_leaves_the_audit_at_work() {
     let (database, other) = (cluster.database(), cluster.database());
     let mut client = database.connect();
     let open = |context: &str| format!("SELECT decrypt_token(encrypt_token('t', '{context}'), '{context}')");
+    // One that is still starting when it is told to end writes nothing.
+    client.batch_execute(&open("first")).expect("open");
+    wait_for(&mut client, "first", &["decrypt first allowed 1 postgres -"]);
     client.batch_execute(&open("before")).expect("open");
     drop(client);
     cluster.pg_ctl(&["restart", "-m", "fast"]);
