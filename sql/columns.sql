@@ -38,18 +38,18 @@ COMMENT ON FUNCTION _nexus_hub.known_columns() IS
 
 CREATE FUNCTION _nexus_hub.vault_leaves()
 RETURNS TABLE (relation oid, column_name name, noun text, owner oid, is_registered boolean, blocks bigint,
-               look_statement text, lock_statement text, write_statement text, problem text)
+               look_statement text, lock_statement text, pass_statement text, write_statement text, problem text)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    WITH RECURSIVE tree (relation, column_name, context, noun, owner_name) AS (
-        SELECT k.relation::oid, k.column_name, k.context, k.noun, k.owner_name FROM _nexus_hub.known_columns() k
+    WITH RECURSIVE tree (relation, column_name, context, noun, owner_name, depth) AS (
+        SELECT k.relation::oid, k.column_name, k.context, k.noun, k.owner_name, 0 FROM _nexus_hub.known_columns() k
          UNION
-        SELECT i.inhrelid, t.column_name, t.context, t.noun, t.owner_name
+        SELECT i.inhrelid, t.column_name, t.context, t.noun, t.owner_name, t.depth + 1
           FROM tree t
           JOIN pg_inherits i ON i.inhparent = t.relation),
     leaf AS (
-        -- A partition may be registered by itself, too.
+        -- A partition may be registered by itself, too: the nearest registration counts.
         SELECT DISTINCT ON (t.relation, t.column_name)
                t.relation, t.column_name, t.noun, t.owner_name, c.relowner, c.relkind,
                format('SELECT ctid::text, %1$I, (%2$s)::text, concat_ws('', '', %3$s) FROM ONLY %4$s'
@@ -62,15 +62,16 @@ BEGIN ATOMIC
                       FROM pg_index x
                      CROSS JOIN unnest(x.indkey) WITH ORDINALITY AS p (number, place)
                       JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = p.number
-                     WHERE x.indrelid = t.relation AND x.indisprimary) AS k ON true
-         ORDER BY t.relation, t.column_name, t.owner_name NULLS FIRST)
+                     -- Without what the index includes, which may be anything.
+                     WHERE x.indrelid = t.relation AND x.indisprimary AND p.place <= x.indnkeyatts) AS k ON true
+         ORDER BY t.relation, t.column_name, t.noun NULLS LAST, t.depth)
     SELECT l.relation, l.column_name, coalesce(l.noun, format('%s.%I', l.relation::regclass, l.column_name)), l.relowner,
            l.owner_name IS NOT NULL,
            -- NULL: dropped a moment ago.
            coalesce(pg_relation_size(l.relation), 0) / current_setting('block_size')::integer,
-           l.statement, l.statement || ' FOR NO KEY UPDATE SKIP LOCKED',
-           format('UPDATE ONLY %s AS t SET %I = v.sealed FROM unnest($1::tid[], $2) AS v (row_id, sealed) WHERE t.ctid = v.row_id',
-                  l.relation::regclass, l.column_name),
+           l.statement, l.statement || ' FOR NO KEY UPDATE', l.statement || ' FOR NO KEY UPDATE SKIP LOCKED',
+           format('UPDATE ONLY %1$s AS t SET %2$I = v.sealed FROM unnest($1::tid[], $2) AS v (row_id, sealed)'
+                  ' WHERE t.ctid = v.row_id RETURNING t.%2$I = v.sealed', l.relation::regclass, l.column_name),
            CASE
                WHEN l.relkind <> 'r' THEN 'it is no ordinary table'
                WHEN a.attnum IS NULL THEN 'there is no such column of type bytea any more: unregister it'
@@ -82,7 +83,7 @@ BEGIN ATOMIC
      ORDER BY l.relation, l.column_name;
 END;
 COMMENT ON FUNCTION _nexus_hub.vault_leaves() IS
-    'The tables that really hold the rows of the columns, the statements that read and write a range of their blocks, and why they cannot be run, if so. They are to be run with the rights of owner.';
+    'The tables that really hold the rows of the columns, the statements that read, lock (waiting for others, or passing over what they have locked) and write a range of their blocks, and why they cannot be run, if so. They are to be run with the rights of owner.';
 
 CREATE FUNCTION _nexus_hub.put_registered_column(p_relation oid, p_column name, p_context text) RETURNS void
 LANGUAGE sql VOLATILE

@@ -95,6 +95,7 @@ BEGIN
             @extschema@.resume_vault_rotation(),
             _nexus_hub.launch_rotation(),
             _nexus_hub.set_rotation_paused(boolean),
+            _nexus_hub.primary_vault_key(),
             _nexus_hub.vault_column_list(),
             _nexus_hub.open_secret(bytea, text, text),
             _nexus_hub.api_key_object(uuid, text),

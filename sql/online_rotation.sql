@@ -6,6 +6,7 @@ CREATE TABLE _nexus_hub.vault_rotation_state (
     state text NOT NULL
         CONSTRAINT vault_rotation_state_known CHECK (state IN ('running', 'paused', 'done', 'incomplete')),
     fingerprint text NOT NULL,
+    ring text[] NOT NULL,
     started_at timestamptz NOT NULL DEFAULT now(),
     swept_at timestamptz,
     ended_at timestamptz,
@@ -24,8 +25,9 @@ CREATE TABLE _nexus_hub.vault_rotation_state (
 );
 COMMENT ON TABLE _nexus_hub.vault_rotation_state IS 'The rotation that is going on, or was the last, and where it stands. Written with each batch: a crash loses nothing of it.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_state.is_only IS 'There is one row.';
-COMMENT ON COLUMN _nexus_hub.vault_rotation_state.state IS 'running, paused, done, or incomplete: some columns could not be taken along.';
+COMMENT ON COLUMN _nexus_hub.vault_rotation_state.state IS 'running, paused, done, or incomplete: some columns could not be taken along, or hold values that no key opens.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_state.fingerprint IS 'The key that everything comes under.';
+COMMENT ON COLUMN _nexus_hub.vault_rotation_state.ring IS 'The keys that the server had when it was started, that one among them: none may be missing, or values under it would look like rubbish.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_state.started_at IS 'When it was started.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_state.swept_at IS 'When it had been through all tables; what follows is the check.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_state.ended_at IS 'When it ended.';
@@ -49,30 +51,30 @@ COMMENT ON TABLE _nexus_hub.vault_rotation_errors IS 'What the last rotation cou
 COMMENT ON COLUMN _nexus_hub.vault_rotation_errors.item IS 'Server <id>, API key <id>, Secret <id>, <schema.table.column> <primary key>, or a column alone.';
 COMMENT ON COLUMN _nexus_hub.vault_rotation_errors.reason IS 'Why it could not be encrypted anew.';
 
-CREATE FUNCTION _nexus_hub.begin_rotation(p_fingerprint text) RETURNS boolean
+CREATE FUNCTION _nexus_hub.begin_rotation(p_ring text[]) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     UPDATE _nexus_hub.vault_rotation_state s
-       SET state = 'running'
-     WHERE s.state IN ('running', 'paused') AND s.fingerprint = p_fingerprint;
+       SET state = 'running', ring = p_ring
+     WHERE s.state IN ('running', 'paused') AND s.fingerprint = p_ring[1];
     IF FOUND THEN
         RETURN false;
     END IF;
     DELETE FROM _nexus_hub.vault_rotation_errors;
     -- Not a row in the place of the old one: the process may wait for that.
     UPDATE _nexus_hub.vault_rotation_state s
-       SET state = 'running', fingerprint = p_fingerprint, started_at = clock_timestamp(), swept_at = NULL, ended_at = NULL,
+       SET state = 'running', fingerprint = p_ring[1], ring = p_ring, started_at = clock_timestamp(), swept_at = NULL, ended_at = NULL,
            relation = 0, column_name = '', next_block = 0, end_block = 0,
            done = 0, total = 0, resealed = 0, unopened = 0, failed_columns = 0, spent = '0', problem = NULL;
     IF NOT FOUND THEN
-        INSERT INTO _nexus_hub.vault_rotation_state (state, fingerprint, started_at) VALUES ('running', p_fingerprint, clock_timestamp());
+        INSERT INTO _nexus_hub.vault_rotation_state (state, fingerprint, ring, started_at) VALUES ('running', p_ring[1], p_ring, clock_timestamp());
     END IF;
     RETURN true;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.begin_rotation(text) IS 'Begins a rotation to a key; false when there is one to that key already, which goes on.';
+COMMENT ON FUNCTION _nexus_hub.begin_rotation(text[]) IS 'Begins a rotation to the first of the keys; false when there is one to that key already, which goes on.';
 
 CREATE FUNCTION _nexus_hub.launch_rotation() RETURNS text
 LANGUAGE c VOLATILE
@@ -98,24 +100,28 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION _nexus_hub.switch_rotation(boolean) IS 'Pauses or resumes the rotation, if it is not so already.';
 
-CREATE FUNCTION _nexus_hub.oldest_transaction(p_before timestamptz) RETURNS text
+CREATE FUNCTION _nexus_hub.running_transactions() RETURNS text[]
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT o.text
-      FROM (SELECT a.xact_start, format('the transaction of process %s', a.pid) AS text
-              FROM pg_stat_activity a
-             WHERE a.datname = current_database() AND a.xact_start < p_before AND a.pid <> pg_backend_pid()
-               AND a.backend_type NOT IN ('autovacuum worker', 'nexus_hub worker')
-             UNION ALL
-            SELECT p.prepared, format('the prepared transaction %s', p.gid)
-              FROM pg_prepared_xacts p
-             WHERE p.database = current_database() AND p.prepared < p_before) AS o (since, text)
-     ORDER BY o.since
-     LIMIT 1;
+    -- Not by their beginnings, which pg_stat_activity does not know under track_activities = off.
+    SELECT coalesce(array_agg(format('%s %s', l.virtualxid, l.pid)), '{}')
+      FROM pg_locks l
+      JOIN pg_stat_activity a ON a.pid = l.pid
+     WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
+       AND a.datid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+       AND a.backend_type NOT IN ('autovacuum worker', 'nexus_hub worker');
 END;
-COMMENT ON FUNCTION _nexus_hub.oldest_transaction(timestamptz) IS
-    'A transaction that began before that time, and may yet commit what it has encrypted with a key of before; NULL: there is none.';
+COMMENT ON FUNCTION _nexus_hub.running_transactions() IS
+    'The transactions of the database, as "<virtual id> <process id>"; without those that encrypt nothing.';
+
+CREATE FUNCTION _nexus_hub.prepared_transactions() RETURNS text[]
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT coalesce(array_agg(format('%s %s', p.transaction, p.gid)), '{}') FROM pg_prepared_xacts p WHERE p.database = current_database();
+END;
+COMMENT ON FUNCTION _nexus_hub.prepared_transactions() IS 'The prepared transactions of the database, as "<id> <name>".';
 
 CREATE FUNCTION _nexus_hub.may_check_on() RETURNS boolean
 LANGUAGE sql STABLE
@@ -133,7 +139,7 @@ BEGIN ATOMIC
     SELECT _nexus_hub.launch_rotation();
 END;
 COMMENT ON FUNCTION @extschema@.start_vault_rotation() IS
-    'Has everything in the vault''s tables and registered columns encrypted anew under the first key of the vault, in the background, in small batches, at the pace of nexus_hub.vault_rotation_pace; goes on with one that was paused. Returns the key''s fingerprint; vault_rotation shows how far it is. Put the new key on top of the older ones and reload before. Errors: F0000 no vault key, or no older one below it; 55000 not preloaded.';
+    'Has everything in the vault''s tables and registered columns encrypted anew under the first key of the vault, in the background, in small batches, at the pace of nexus_hub.vault_rotation_pace; goes on with one that was paused. Returns the key''s fingerprint; vault_rotation shows how far it is. Put the new key on top of the older ones and reload before. Errors: F0000 no vault key, or no older one below it; 55000 not preloaded, or the keys come from app.vault_key.';
 
 CREATE FUNCTION @extschema@.pause_vault_rotation() RETURNS boolean
 LANGUAGE sql VOLATILE
@@ -152,6 +158,11 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION @extschema@.resume_vault_rotation() IS 'Has a paused rotation go on where it was; false when none is paused.';
 
+CREATE FUNCTION _nexus_hub.primary_vault_key() RETURNS text
+LANGUAGE c STABLE
+AS 'MODULE_PATHNAME', 'primary_vault_key_wrapper';
+COMMENT ON FUNCTION _nexus_hub.primary_vault_key() IS 'The fingerprint of the key that encrypts; NULL where none can be used.';
+
 CREATE VIEW @extschema@.vault_rotation WITH (security_barrier) AS
     SELECT CASE WHEN s.state = 'running' AND s.swept_at IS NOT NULL THEN 'checking' ELSE s.state END AS state,
            s.fingerprint, s.started_at, s.ended_at, s.done, s.total, s.resealed,
@@ -160,10 +171,11 @@ CREATE VIEW @extschema@.vault_rotation WITH (security_barrier) AS
                date_trunc('second', s.spent * (greatest(s.total - s.done, 0)::double precision / s.done)) END AS eta,
            s.unopened + s.failed_columns AS errors,
            s.problem,
-           s.state = 'done' AS old_keys_are_free
+           s.state = 'done' AND s.fingerprint = _nexus_hub.primary_vault_key()
+               AND NOT EXISTS (SELECT FROM _nexus_hub.registered_columns r WHERE r.registered_at > s.swept_at) AS old_keys_are_free
       FROM _nexus_hub.vault_rotation_state s;
 COMMENT ON VIEW @extschema@.vault_rotation IS 'The rotation that start_vault_rotation has begun, or the last one; no row: there was none.';
-COMMENT ON COLUMN @extschema@.vault_rotation.state IS 'running: goes through the tables; checking: looks whether anything is left, under one snapshot; paused; done; incomplete: ended, but some columns could not be taken along, see vault_rotation_errors.';
+COMMENT ON COLUMN @extschema@.vault_rotation.state IS 'running: goes through the tables; checking: looks whether anything is left, under one snapshot; paused; done; incomplete: ended, but columns could not be taken along, or registered ones hold values that no key opens with their context: see vault_rotation_errors.';
 COMMENT ON COLUMN @extschema@.vault_rotation.fingerprint IS 'The key that everything comes under.';
 COMMENT ON COLUMN @extschema@.vault_rotation.started_at IS 'When it was started.';
 COMMENT ON COLUMN @extschema@.vault_rotation.ended_at IS 'When it ended; NULL: it has not yet.';
@@ -174,7 +186,7 @@ COMMENT ON COLUMN @extschema@.vault_rotation.rate IS 'Values looked at in a seco
 COMMENT ON COLUMN @extschema@.vault_rotation.eta IS 'Time until all have been looked at, at that rate; the check comes on top.';
 COMMENT ON COLUMN @extschema@.vault_rotation.errors IS 'Values that no key opens, and columns that could not be taken along.';
 COMMENT ON COLUMN @extschema@.vault_rotation.problem IS 'What it waits for, or what went wrong last; it is tried again.';
-COMMENT ON COLUMN @extschema@.vault_rotation.old_keys_are_free IS 'Whether all keys but this one can be removed: nothing that can be decrypted is under them, but in columns that are not in vault_columns.';
+COMMENT ON COLUMN @extschema@.vault_rotation.old_keys_are_free IS 'Whether all keys but this one can be removed: nothing that can be decrypted is under them, but in columns that are not in vault_columns. False again when another key encrypts, or a column was registered since.';
 
 CREATE VIEW @extschema@.vault_rotation_errors WITH (security_barrier) AS
     SELECT e.item, e.reason FROM _nexus_hub.vault_rotation_errors e;

@@ -54,6 +54,7 @@ unsafe extern "C-unwind" {
     fn SetLatch(latch: *mut pg_sys::Latch);
     #[allow(non_snake_case)]
     fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
+    fn die(signal: std::ffi::c_int);
 }
 
 /// Somebody has told the process to end.
@@ -132,6 +133,23 @@ pub fn start(database: Option<pg_sys::Oid>) {
             None => pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0),
         }
     }
+}
+
+/// Has SIGTERM end the process wherever it is, as it ends a session: for one that loses nothing by it.
+pub fn end_at_once_when_told() {
+    // SAFETY: PostgreSQL's own handler, set on the main thread.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(libc::SIGTERM, Some(die));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(libc::SIGTERM, Some(die));
+    }
+}
+
+/// Forgets a request to cancel a statement where none is running: it would end the process.
+pub fn forget_cancel_request() {
+    // SAFETY: a flag of this process, meant for signal handlers.
+    unsafe { std::ptr::write_volatile(&raw mut pg_sys::QueryCancelPending, 0) };
 }
 
 /// Sets what the worker relies on, whatever ALTER DATABASE or postgresql.conf say for ordinary sessions.

@@ -1,7 +1,6 @@
 //! Who is calling, by the claims of the request: read for each value that is decrypted, so in nanoseconds.
 
 use crate::domain::claims;
-use pgrx::pg_sys;
 use std::ffi::{CStr, CString, c_char};
 
 /// One of the settings that hold claims, as it was when it was looked at last.
@@ -62,6 +61,7 @@ fn value(name: &CStr) -> *const c_char {
 #[cfg(any(feature = "pg14", feature = "pg15"))]
 mod record {
     use super::*;
+    use pgrx::pg_sys;
     use std::ptr::null_mut;
 
     unsafe extern "C-unwind" {

@@ -12,7 +12,8 @@ pub fn as_superuser<R>(work: impl FnOnce() -> R) -> R {
 }
 
 /// Runs statements with the rights of a role, as VACUUM runs what is a table owner's: they can do nothing that outlives
-/// them to the session, its user and its settings.
+/// them to the session, its user and its settings. Names without a schema are found in pg_catalog alone: in the caller's
+/// path, and in temporary schemas above all, there may be others of that name.
 pub fn as_user<R>(role: pg_sys::Oid, work: impl FnOnce() -> R) -> R {
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
     // SAFETY: set and put back in a pair; an error in between aborts the (sub)transaction, which puts them back, too.
@@ -21,6 +22,16 @@ pub fn as_user<R>(role: pg_sys::Oid, work: impl FnOnce() -> R) -> R {
         let restricted = (pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION) as i32;
         pg_sys::SetUserIdAndSecContext(role, context | restricted);
         let settings = pg_sys::NewGUCNestLevel();
+        pg_sys::set_config_option(
+            c"search_path".as_ptr(),
+            c"pg_catalog, pg_temp".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
         let result = work();
         pg_sys::AtEOXact_GUC(false, settings);
         pg_sys::SetUserIdAndSecContext(user, context);

@@ -19,3 +19,17 @@ pub fn is_frozen() -> bool {
     // SAFETY: a plain global of this process.
     unsafe { pg_sys::XactIsoLevel >= pg_sys::XACT_REPEATABLE_READ as i32 }
 }
+
+/// Runs what must not write: with the first row that is written the transaction would get an id, and SPI would read by a
+/// new snapshot from then on.
+pub fn without_writing<R>(read: impl FnOnce() -> R) -> R {
+    // SAFETY: a plain global of this process, put back afterwards; an error in between aborts the (sub)transaction, which
+    // puts it back, too.
+    unsafe {
+        let before = pg_sys::XactReadOnly;
+        pg_sys::XactReadOnly = true;
+        let result = read();
+        pg_sys::XactReadOnly = before;
+        result
+    }
+}

@@ -12,6 +12,8 @@ pub struct Failure {
     pub message: String,
     /// Somebody else was in the way (a lock, a deadlock, a cancel request): the same may succeed in a while.
     pub transient: bool,
+    /// It was a cancel request, or a time limit.
+    pub canceled: bool,
 }
 
 /// When a commit is on disk.
@@ -73,7 +75,7 @@ pub fn run_with<R>(
             }
             Err(message) => {
                 pg_sys::AbortCurrentTransaction();
-                Err(Failure { message, transient: false })
+                Err(Failure { message, transient: false, canceled: false })
             }
         }
     }))
@@ -107,7 +109,9 @@ fn describe(error: CaughtError) -> Failure {
         report.sql_error_code(),
         PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE
             | PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED
+            | PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
             | PgSqlErrorCode::ERRCODE_QUERY_CANCELED
     );
-    Failure { message: report.message().to_owned(), transient }
+    let canceled = report.sql_error_code() == PgSqlErrorCode::ERRCODE_QUERY_CANCELED;
+    Failure { message: report.message().to_owned(), transient, canceled }
 }

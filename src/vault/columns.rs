@@ -25,7 +25,10 @@ pub struct Leaf {
     /// Blocks that the table had when this was read.
     pub blocks: i64,
     pub look: String,
+    /// Waits for who has rows locked.
     pub lock: String,
+    /// Passes over them.
+    pub pass: String,
     pub write: String,
     /// Why the statements cannot be run.
     pub problem: Option<String>,
@@ -36,8 +39,8 @@ pub fn leaves() -> Result<Vec<Leaf>, SpiError> {
     identity::as_superuser(|| {
         Spi::connect(|client| {
             let rows = client.select(
-                "SELECT relation, column_name::text, noun, owner, is_registered, blocks, look_statement, lock_statement,
-                        write_statement, problem
+                "SELECT relation, column_name::pg_catalog.text, noun, owner, is_registered, blocks, look_statement, lock_statement,
+                        pass_statement, write_statement, problem
                    FROM _nexus_hub.vault_leaves()",
                 None,
                 &[],
@@ -52,8 +55,9 @@ pub fn leaves() -> Result<Vec<Leaf>, SpiError> {
                     blocks: row.get(6)?.unwrap_or_default(),
                     look: row.get(7)?.unwrap_or_default(),
                     lock: row.get(8)?.unwrap_or_default(),
-                    write: row.get(9)?.unwrap_or_default(),
-                    problem: row.get(10)?,
+                    pass: row.get(9)?.unwrap_or_default(),
+                    write: row.get(10)?.unwrap_or_default(),
+                    problem: row.get(11)?,
                 })
             })
             .collect()
@@ -78,7 +82,9 @@ fn register_vault_column(
     identity::as_superuser(|| {
         Spi::connect_mut(|client| {
             let arguments = [table.into(), column.as_str().into(), context.into()];
-            client.update("SELECT _nexus_hub.put_registered_column($1, $2::name, $3)", None, &arguments).map(|_| ())
+            client
+                .update("SELECT _nexus_hub.put_registered_column($1, $2::pg_catalog.name, $3)", None, &arguments)
+                .map(|_| ())
         })
     })
     .map_err(internal)?;
@@ -129,8 +135,11 @@ fn unregister_vault_column(table: Option<pg_sys::Oid>, column: Option<&str>) -> 
     identity::as_superuser(|| {
         Spi::connect_mut(|client| {
             let arguments = [table.into(), column.as_str().into()];
-            let dropped =
-                client.update("SELECT _nexus_hub.drop_registered_column($1, $2::name)", Some(1), &arguments)?;
+            let dropped = client.update(
+                "SELECT _nexus_hub.drop_registered_column($1, $2::pg_catalog.name)",
+                Some(1),
+                &arguments,
+            )?;
             dropped.first().get_one::<bool>()
         })
     })
@@ -156,7 +165,10 @@ fn fault(table: pg_sys::Oid, column: &str) -> Result<Option<String>, SpiError> {
     identity::as_superuser(|| {
         Spi::connect(|client| {
             let arguments = [table.into(), column.into()];
-            client.select("SELECT _nexus_hub.column_fault($1, $2::name)", Some(1), &arguments)?.first().get_one()
+            client
+                .select("SELECT _nexus_hub.column_fault($1, $2::pg_catalog.name)", Some(1), &arguments)?
+                .first()
+                .get_one()
         })
     })
 }

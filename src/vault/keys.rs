@@ -106,6 +106,11 @@ pub fn source() -> Option<&'static str> {
     Source::first().map(|source| source.name())
 }
 
+/// Whether the keys come from the setting `app.vault_key`, which each session has for itself.
+pub fn comes_from_setting() -> bool {
+    matches!(Source::first(), Some(Source::Setting(_)))
+}
+
 /// The keys, and whether they are good until the configuration is loaded again.
 fn load(now: Loaded) -> Result<(Zeroizing<Vec<RawKey>>, bool), ErrorReport> {
     let source = Source::first().ok_or_else(|| {

@@ -7,9 +7,10 @@
 
 mod check;
 
-pub use check::in_the_way;
+use check::Earlier;
 
 use super::columns::{self, Leaf};
+use super::sweep::Locked;
 use super::{custody, keys, sweep};
 use crate::audit;
 use crate::domain::keyring::KeyRing;
@@ -30,6 +31,8 @@ const BATCH_TIME: Duration = Duration::from_millis(5);
 const MAX_BLOCKS: i64 = 256;
 /// How long the list of columns is good for: making it takes as long as a batch.
 const LIST_TIME: Duration = Duration::from_secs(5);
+
+const BEGIN: &str = "SELECT _nexus_hub.begin_rotation($1)";
 
 /// What became of a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,14 +71,15 @@ fn launch() -> Result<String, ErrorReport> {
             .set_detail("The source of the vault's keys has one key.")
             .set_hint("Put the new key above the old one in the vault's key file (or have the command print both), and reload."));
     }
+    if keys::comes_from_setting() {
+        return Err(error(Kind::NotReady, "the vault's keys come from app.vault_key, which sessions keep")
+            .set_detail("A session that has the old key may go on encrypting under it, whatever is rotated.")
+            .set_hint("Put the keys into a file, named in nexus_hub.vault_key_file; or call rotate_vault_key()."));
+    }
     custody::adopt(&ring)?;
     let fingerprint = first(&ring);
     let is_new = identity::as_superuser(|| {
-        Spi::connect_mut(|client| {
-            let begun =
-                client.update("SELECT _nexus_hub.begin_rotation($1)", Some(1), &[fingerprint.as_str().into()])?;
-            begun.first().get_one::<bool>()
-        })
+        Spi::connect_mut(|client| client.update(BEGIN, Some(1), &[names(&ring).into()])?.first().get_one::<bool>())
     })
     .map_err(internal)?
     .unwrap_or_default();
@@ -100,6 +104,16 @@ fn set_rotation_paused(paused: bool) -> Result<bool, ErrorReport> {
     Ok(switched.map_err(internal)?.unwrap_or_default())
 }
 
+/// The fingerprint of the key that encrypts.
+#[pg_extern(sql = false)]
+fn primary_vault_key() -> Option<String> {
+    keys::configured().then(keys::ring)?.ok().map(|ring| first(&ring))
+}
+
+fn names(ring: &KeyRing) -> Vec<String> {
+    ring.fingerprints().iter().map(ToString::to_string).collect()
+}
+
 fn first(ring: &KeyRing) -> String {
     ring.fingerprints().first().map(ToString::to_string).unwrap_or_default()
 }
@@ -114,7 +128,8 @@ pub fn is_wanted() -> Result<bool, SpiError> {
 
 /// The state's row, locked.
 struct State {
-    fingerprint: String,
+    ring: Vec<String>,
+    started_at: Option<TimestampWithTimeZone>,
     at: (u32, String),
     next_block: i64,
     end_block: i64,
@@ -125,7 +140,7 @@ struct State {
 impl State {
     fn lock(client: &mut SpiClient<'_>) -> Result<Option<Self>, SpiError> {
         let rows = client.update(
-            "SELECT s.fingerprint, s.relation, s.column_name::text, s.next_block, s.end_block, s.done, s.swept_at IS NOT NULL
+            "SELECT s.ring, s.relation, s.column_name::text, s.next_block, s.end_block, s.done, s.swept_at IS NOT NULL, s.started_at
                FROM _nexus_hub.vault_rotation_state s WHERE s.state = 'running' FOR UPDATE",
             Some(1),
             &[],
@@ -135,12 +150,13 @@ impl State {
         }
         let row = rows.first();
         Ok(Some(Self {
-            fingerprint: row.get(1)?.unwrap_or_default(),
+            ring: row.get(1)?.unwrap_or_default(),
             at: (row.get::<pg_sys::Oid>(2)?.map_or(0, |oid| oid.to_u32()), row.get(3)?.unwrap_or_default()),
             next_block: row.get(4)?.unwrap_or_default(),
             end_block: row.get(5)?.unwrap_or_default(),
             done: row.get(6)?.unwrap_or_default(),
             is_swept: row.get(7)?.unwrap_or_default(),
+            started_at: row.get(8)?,
         }))
     }
 }
@@ -164,6 +180,10 @@ pub struct Rotation {
     current: Option<Leaf>,
     /// Columns where something did, and what.
     given_up: HashMap<At, String>,
+    /// Transactions that may yet commit what they have encrypted under an older key, and with which keys this is known.
+    earlier: Option<Earlier>,
+    /// When the rotation was started that is to be checked.
+    checked: Option<TimestampWithTimeZone>,
     /// The columns, as of a moment ago.
     leaves: Option<(Instant, Rc<[Leaf]>)>,
     /// Since when time is spent that is not in the table yet.
@@ -178,6 +198,8 @@ impl Rotation {
             locked: 0,
             current: None,
             given_up: HashMap::new(),
+            earlier: None,
+            checked: None,
             leaves: None,
             since: Instant::now(),
         }
@@ -206,17 +228,26 @@ impl Rotation {
         let Some(state) = Spi::connect_mut(State::lock).map_err(internal)? else { return Ok(Turn::Over) };
         let ring = keys::ring()?;
         custody::admit(&ring)?;
-        if first(&ring) != state.fingerprint {
+        if state.ring.first() != names(&ring).first() {
             // The keys were changed in the middle of it: everything comes under the one that encrypts now.
-            write("SELECT _nexus_hub.begin_rotation($1)", &[first(&ring).into()])?;
+            write(BEGIN, &[names(&ring).into()])?;
             self.left.clear();
             return Ok(Turn::Sweeping);
+        }
+        if let Some(gone) = state.ring.iter().find(|key| !names(&ring).contains(key)) {
+            note_problem(&format!(
+                "waits for the key {gone}, which the source of the vault's keys had when this was started"
+            ))?;
+            return Ok(Turn::Waiting);
         }
         let leaves = self.leaves()?;
         if !state.is_swept {
             return self.sweep(&state, &leaves, &ring);
         }
-        let Some((column, block)) = self.left.pop_front() else { return Ok(Turn::ToCheck) };
+        let Some((column, block)) = self.left.pop_front() else {
+            self.checked = state.started_at;
+            return Ok(Turn::ToCheck);
+        };
         let known = leaves.iter().find(|leaf| at(leaf) == column && self.problem(leaf).is_none());
         let Some(leaf) = known else { return Ok(Turn::Sweeping) };
         self.current = Some(leaf.clone());
@@ -251,9 +282,7 @@ impl Rotation {
         let next_leaf =
             leaves.iter().position(|leaf| if has_more { at(leaf) >= state.at } else { at(leaf) > state.at });
         let Some((index, leaf)) = next_leaf.and_then(|index| Some((index, leaves.get(index)?))) else {
-            // Later than the start by as much as a session may need to hear of the new key.
-            let swept = "UPDATE _nexus_hub.vault_rotation_state
-                            SET swept_at = greatest(clock_timestamp(), started_at + interval '1 second'), total = done";
+            let swept = "UPDATE _nexus_hub.vault_rotation_state SET swept_at = clock_timestamp(), total = done";
             return write(swept, &[]).map(|()| Turn::Sweeping);
         };
         self.current = Some(leaf.clone());
@@ -282,7 +311,8 @@ impl Rotation {
 
     fn reseal(&self, leaf: &Leaf, blocks: Range<i64>, ring: &KeyRing) -> Result<sweep::Tally, ErrorReport> {
         let mut unopened = Vec::new();
-        let tally = sweep::reseal(leaf, blocks, ring, |item, reason| unopened.push((item, reason)))?;
+        let tally =
+            sweep::reseal(leaf, blocks, ring, Locked::ArePassedOver, |item, reason| unopened.push((item, reason)))?;
         for (item, reason) in unopened {
             note_error(&item, reason)?;
         }
@@ -319,9 +349,10 @@ impl Rotation {
         )
     }
 
-    /// After something went wrong: nothing is taken for granted.
+    /// After something went wrong, or the configuration was loaded: nothing is taken for granted.
     pub fn look_anew(&mut self) {
         self.leaves = None;
+        self.earlier = None;
     }
 
     /// Passes over the column that was worked on when something went wrong, and tells whether there was one. Call it in a

@@ -1,5 +1,6 @@
 //! Rotation of the vault's keys in one transaction: what `rotate_vault_key` needs beyond SQL.
 
+use super::sweep::Locked;
 use super::{columns, custody, keys, sweep, wear};
 use crate::audit;
 use crate::domain::envelope::Fingerprint;
@@ -119,20 +120,16 @@ fn none_is_going_on() -> ErrorReport {
     error(Kind::NotReady, "no rotation is going on").set_hint("Call rotate_vault_key().")
 }
 
-/// The values of users' own columns under the first key of the rotation. The tables are locked.
+/// The values of a user's own column under the first key of the rotation. The table is locked.
 #[pg_extern(sql = false)]
-fn reseal_registered_columns() -> Result<(), ErrorReport> {
+fn reseal_column(relation: Option<pg_sys::Oid>, column: Option<&str>) -> Result<(), ErrorReport> {
     // Not held while the owners' expressions run: one of them could call back.
     let ring = ROTATION.with_borrow(|rotation| rotation.as_ref().map(|rotation| Rc::clone(&rotation.ring)));
     let ring = ring.ok_or_else(none_is_going_on)?;
     let leaves = columns::leaves()
         .map_err(|problem| error(Kind::Internal, format!("could not read the vault's columns: {problem}")))?;
-    for leaf in leaves.iter().filter(|leaf| leaf.is_registered) {
-        if let Some(problem) = &leaf.problem {
-            return Err(error(Kind::NotReady, format!("{} cannot be taken along: {problem}", leaf.noun)).set_hint(
-                "register_vault_column registers a column anew, unregister_vault_column has rotations leave it alone.",
-            ));
-        }
+    let is_this = |leaf: &&columns::Leaf| Some(leaf.relation) == relation && Some(leaf.column.as_str()) == column;
+    for leaf in leaves.iter().filter(is_this) {
         for blocks in sweep::ranges(leaf.blocks) {
             let note = |item, reason: &str| {
                 ROTATION.with_borrow_mut(|rotation| {
@@ -141,10 +138,20 @@ fn reseal_registered_columns() -> Result<(), ErrorReport> {
                     }
                 });
             };
-            sweep::reseal(leaf, blocks, &ring, note)?;
+            sweep::reseal(leaf, blocks, &ring, Locked::AreWaitedFor, note)?;
         }
     }
     Ok(())
+}
+
+/// Notes what could not be encrypted anew.
+#[pg_extern(sql = false)]
+fn note_rotation_error(item: Option<&str>, reason: Option<&str>) -> Result<(), ErrorReport> {
+    ROTATION.with_borrow_mut(|rotation| {
+        let rotation = rotation.as_mut().ok_or_else(none_is_going_on)?;
+        rotation.note(item.unwrap_or_default().to_owned(), reason.unwrap_or_default());
+        Ok(())
+    })
 }
 
 /// How many values were encrypted anew since this was asked last.

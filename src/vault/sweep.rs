@@ -6,7 +6,7 @@ use super::wear;
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::keyring::{KeyRing, Resealed};
 use crate::pg::error::{ErrorReport, Kind, error};
-use crate::pg::{identity, random};
+use crate::pg::{identity, random, snapshot};
 use pgrx::prelude::*;
 use pgrx::spi::{SpiClient, SpiCursor, SpiError, SpiHeapTupleData};
 use std::ops::Range;
@@ -59,7 +59,14 @@ fn places(blocks: &Range<i64>) -> [String; 2] {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
     Look,
-    Lock,
+    Write(Locked),
+}
+
+/// What becomes of rows that somebody keeps locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locked {
+    AreWaitedFor,
+    ArePassedOver,
 }
 
 /// Goes through the rows of a range of blocks, a moderate number at a time; until it is told to stop.
@@ -77,7 +84,8 @@ fn walk(
             let cursor = match access {
                 Access::Look => client.try_open_cursor(leaf.look.as_str(), &arguments),
                 // Says that something will be written: what is read is read as of now.
-                Access::Lock => client.try_open_cursor_mut(leaf.lock.as_str(), &arguments),
+                Access::Write(Locked::AreWaitedFor) => client.try_open_cursor_mut(leaf.lock.as_str(), &arguments),
+                Access::Write(Locked::ArePassedOver) => client.try_open_cursor_mut(leaf.pass.as_str(), &arguments),
             };
             cursor.map(SpiCursor::detach_into_name)
         });
@@ -101,16 +109,16 @@ fn walk(
     })
 }
 
-/// Encrypts the values of a range of blocks anew under the ring's first key, passing over rows that somebody keeps
-/// locked. `unopened` is told of each value that no key opens, and why.
+/// Encrypts the values of a range of blocks anew under the ring's first key. `unopened` is told of each value that no key opens, and why.
 pub fn reseal(
     leaf: &Leaf,
     blocks: Range<i64>,
     ring: &KeyRing,
+    locked: Locked,
     mut unopened: impl FnMut(String, &'static str),
 ) -> Result<Tally, ErrorReport> {
     let mut tally = Tally::default();
-    walk(leaf, Access::Lock, &blocks, |client, values| {
+    walk(leaf, Access::Write(locked), &blocks, |client, values| {
         let (mut rows, mut sealed) = (Vec::new(), Vec::new());
         for value in values {
             tally.seen += 1;
@@ -131,13 +139,15 @@ pub fn reseal(
             return Ok(true);
         }
         let expected = rows.len();
-        let written = client.update(leaf.write.as_str(), None, &[rows.into(), sealed.into()]).map_err(failed)?.len();
+        let arguments = [rows.into(), sealed.into()];
+        let written = client.update(leaf.write.as_str(), None, &arguments).map_err(failed)?;
+        let written = written.filter(|row| matches!(row.get::<bool>(1), Ok(Some(true)))).count();
         tally.resealed += written as i64;
         if written == expected {
             return Ok(true);
         }
-        // A rule, or a trigger that fires always.
-        Err(error(Kind::NotReady, format!("only {written} of {expected} rows could be written")))
+        Err(error(Kind::NotReady, format!("only {written} of {expected} rows could be written"))
+            .set_detail("A rule, or a trigger that is enabled always, changes what is written."))
     })?;
     Ok(tally)
 }
@@ -159,7 +169,7 @@ pub fn look(
     ring: Option<&KeyRing>,
     mut each: impl FnMut(i64, Option<usize>) -> bool,
 ) -> Result<(), ErrorReport> {
-    walk(leaf, Access::Look, &blocks, |_, values| {
+    let look = |_: &mut SpiClient<'_>, values: Vec<Value>| {
         for value in values {
             let place = ring.and_then(|ring| ring.opener(&value.encrypted, value.context.as_bytes()));
             let block = value.row.trim_start_matches('(').split(',').next().and_then(|block| block.parse().ok());
@@ -168,7 +178,8 @@ pub fn look(
             }
         }
         Ok(true)
-    })
+    };
+    snapshot::without_writing(|| walk(leaf, Access::Look, &blocks, look))
 }
 
 fn failed(problem: SpiError) -> ErrorReport {

@@ -14,12 +14,11 @@ use pgrx::prelude::*;
 use std::time::{Duration, Instant};
 
 /// How long one statement on a table may take: an expression that hangs must not hang the rotation.
-const STATEMENT_TIME: Duration = Duration::from_secs(60);
+const STATEMENT_TIME: Duration = Duration::from_secs(30);
 /// How long to wait for others, and after something went wrong.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How often the same is tried, and where somebody was in the way.
+/// How often the same is tried, unless somebody else is in the way.
 const MAX_TRIES: u32 = 2;
-const MAX_TRANSIENT_TRIES: u32 = 5;
 
 /// The worker's side: the process, if it has started one.
 #[derive(Default)]
@@ -46,6 +45,7 @@ impl Post {
 /// Runs until the rotation is over, or the worker of the database is gone.
 pub fn main(database: pg_sys::Oid) {
     bgworker::start(Some(database));
+    bgworker::end_at_once_when_told();
     bgworker::pin_session_settings();
     // The same plaintexts as before: no trigger needs to know.
     bgworker::pin_setting(c"session_replication_role", c"replica");
@@ -55,8 +55,11 @@ pub fn main(database: pg_sys::Oid) {
     let mut rotation = Rotation::new();
     let mut tries = 0;
     while !process.is_to_end() {
+        bgworker::forget_cancel_request();
         bgworker::handle_interrupts();
-        bgworker::reload_configuration();
+        if bgworker::reload_configuration() {
+            rotation.look_anew();
+        }
         let begin = Instant::now();
         let turn = match process.run(|| rotation.step()) {
             Ok(Turn::ToCheck) => process.check(&mut rotation),
@@ -74,10 +77,10 @@ pub fn main(database: pg_sys::Oid) {
             }
             Ok(Turn::Waiting) => bgworker::wait(PAUSE),
             Err(failure) => {
-                tries += 1;
+                let is_in_the_way = failure.transient && !failure.canceled;
+                tries += u32::from(!is_in_the_way);
                 rotation.look_anew();
-                let most = if failure.transient { MAX_TRANSIENT_TRIES } else { MAX_TRIES };
-                process.note(&mut rotation, &failure, tries >= most);
+                process.note(&mut rotation, &failure, !is_in_the_way && tries >= MAX_TRIES);
                 bgworker::wait(PAUSE);
             }
         }
@@ -108,7 +111,15 @@ impl Process {
 
     /// A transaction. A crash that forgets its commit forgets both what was encrypted anew and that it was.
     fn run(&self, work: impl FnOnce() -> Result<Turn, ErrorReport>) -> Result<Turn, Failure> {
-        let done = transaction::run_with(c"nexus_hub: rotating the vault's keys", Durability::Later, || {
+        self.run_with(Durability::Later, work)
+    }
+
+    fn run_with(
+        &self,
+        durability: Durability,
+        work: impl FnOnce() -> Result<Turn, ErrorReport>,
+    ) -> Result<Turn, Failure> {
+        let done = transaction::run_with(c"nexus_hub: rotating the vault's keys", durability, || {
             if !catalog::hold_extension(self.extension) {
                 return Ok(Turn::Over);
             }
@@ -121,7 +132,7 @@ impl Process {
 
     /// Looks whether anything is left, and ends the rotation if not.
     fn check(&self, rotation: &mut Rotation) -> Result<Turn, Failure> {
-        let waiting = self.run(|| Ok(if online::in_the_way()? { Turn::Waiting } else { Turn::ToCheck }))?;
+        let waiting = self.run(|| Ok(if rotation.is_to_wait()? { Turn::Waiting } else { Turn::ToCheck }))?;
         if waiting != Turn::ToCheck {
             return Ok(waiting);
         }
@@ -132,6 +143,8 @@ impl Process {
                 if !time.is_zero() {
                     bgworker::wait(time);
                 }
+                // For the pace. That the keys may be others is noticed afterwards.
+                bgworker::reload_configuration();
                 timeout::start(STATEMENT_TIME);
                 !self.is_to_end()
             };
@@ -139,7 +152,8 @@ impl Process {
         });
         timeout::stop();
         match check? {
-            Some(check) => self.run(|| rotation.conclude(check)),
+            // On disk, with all batches before it, ere anybody reads that a key can go.
+            Some(check) => self.run_with(Durability::AtCommit, || rotation.conclude(check)),
             None => Ok(Turn::Waiting),
         }
     }

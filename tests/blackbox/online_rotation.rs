@@ -210,22 +210,36 @@ fn a_users_table_is_taken_along_with_its_owners_rights_and_a_broken_column_does_
     assert_eq!(value::<String>(&mut copy.connect(), columns), "public.broken ,public.notes ");
 }
 
+fn waits_for_process(client: &mut Client, other: &mut Client) -> bool {
+    let pid: i32 = value(other, "SELECT pg_backend_pid()");
+    let waits = format!("waits for the transaction of process {pid}, %");
+    client
+        .query_one("SELECT count(*) FROM vault_rotation WHERE problem LIKE $1", &[&waits])
+        .expect("query")
+        .get::<_, i64>(0)
+        == 1
+}
+
 #[test]
 fn what_a_transaction_of_before_commits_under_the_old_key_is_waited_for_and_encrypted_anew() {
-    let cluster = Cluster::start(&[QUICK]);
+    let cluster = Cluster::start(&[QUICK, "max_prepared_transactions = 2"]);
     let database = cluster.database();
     let mut client = database.connect();
     add_few(&mut client);
     let mut late = database.connect();
-    late.batch_execute("BEGIN; INSERT INTO notes SELECT 1000, encrypt_token('late', '1000')").expect("INSERT");
+    late.batch_execute(
+        "SET track_activities = off; BEGIN; INSERT INTO notes SELECT 1000, encrypt_token('late', '1000')",
+    )
+    .expect("INSERT");
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     start(&mut client);
-    let pid: i32 = value(&mut late, "SELECT pg_backend_pid()");
-    let waits = format!(
-        "SELECT count(*) FROM vault_rotation WHERE state = 'checking' AND problem LIKE 'waits for the transaction of process {pid},%'"
-    );
-    wait_until("it waits", || value::<i64>(&mut client, &waits) == 1);
-    late.batch_execute("COMMIT").expect("COMMIT");
+    wait_until("it waits", || waits_for_process(&mut client, &mut late));
+    assert_eq!(state(&mut client), "checking");
+    // Prepared, it is no process's any more, and still not committed.
+    late.batch_execute("PREPARE TRANSACTION 'late'").expect("PREPARE");
+    let waits = "SELECT count(*) FROM vault_rotation WHERE problem LIKE 'waits for the prepared transaction % late, %'";
+    wait_until("it waits for that", || value::<i64>(&mut client, waits) == 1);
+    late.batch_execute("COMMIT PREPARED 'late'").expect("COMMIT");
     wait_for_end(&mut client);
     assert_eq!(under_the_first_key(&mut client), 201);
 }
@@ -333,4 +347,150 @@ fn without_preloading_it_says_so() {
     let (code, message) = error_of(&mut client, "SELECT start_vault_rotation()");
     assert_eq!((code.as_str(), message.as_str()), ("55000", "nexus_hub is not preloaded"));
     client.batch_execute("SELECT * FROM rotate_vault_key()").expect("the other way");
+}
+
+#[test]
+fn a_key_that_was_on_top_for_a_moment_is_noticed_though_the_sweep_is_over() {
+    let cluster = Cluster::start(&[QUICK]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_few(&mut client);
+    let mut early = database.connect();
+    early.batch_execute("BEGIN; SELECT now()").expect("BEGIN");
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    start(&mut client);
+    wait_until("all are gone through", || state(&mut client) == "checking");
+    assert!(value::<bool>(&mut client, "SELECT pause_vault_rotation()"));
+    wait_until("its process is gone", || process(&mut client).is_none());
+    use_keys(&cluster, &mut client, &[KEY, NEW_KEY]);
+    let mut late = database.connect();
+    late.batch_execute("BEGIN; INSERT INTO notes SELECT 1000, encrypt_token('late', '1000')").expect("INSERT");
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    early.batch_execute("COMMIT").expect("COMMIT");
+    assert!(value::<bool>(&mut client, "SELECT resume_vault_rotation()"));
+    wait_until("it waits", || waits_for_process(&mut client, &mut late));
+    late.batch_execute("COMMIT").expect("COMMIT");
+    wait_for_end(&mut client);
+    assert_eq!(under_the_first_key(&mut client), 201);
+}
+
+#[test]
+fn a_key_that_is_missing_in_the_middle_of_it_is_waited_for_and_what_is_said_of_old_keys_is_of_now() {
+    let cluster = Cluster::start(&[QUICK]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_few(&mut client);
+    let mut late = database.connect();
+    late.batch_execute("BEGIN; SELECT now()").expect("BEGIN");
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    start(&mut client);
+    wait_until("all are gone through", || state(&mut client) == "checking");
+    use_keys(&cluster, &mut client, &[NEW_KEY]);
+    late.batch_execute("COMMIT").expect("COMMIT");
+    let waits = "SELECT count(*) FROM vault_rotation WHERE problem LIKE 'waits for the key ________________, %'";
+    wait_until("it waits for the key", || value::<i64>(&mut client, waits) == 1);
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    wait_for_end(&mut client);
+    let are_free = "SELECT old_keys_are_free FROM vault_rotation";
+    assert!(value::<bool>(&mut client, are_free));
+    client
+        .batch_execute("CREATE TABLE later (body bytea); SELECT register_vault_column('later', 'body')")
+        .expect("register");
+    assert!(!value::<bool>(&mut client, are_free), "a column was registered since");
+    client.batch_execute("SELECT unregister_vault_column('later', 'body')").expect("unregister");
+    assert!(value::<bool>(&mut client, are_free));
+    use_keys(&cluster, &mut client, &[KEY, NEW_KEY]);
+    assert!(!value::<bool>(&mut client, are_free), "another key encrypts");
+}
+
+#[test]
+fn what_a_columns_context_does_not_open_keeps_the_old_keys() {
+    let cluster = Cluster::start(&[QUICK]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE notes (id integer PRIMARY KEY, body bytea);
+             INSERT INTO notes SELECT n, encrypt_token('note ' || n, 'note/' || n) FROM generate_series(1, 10) AS n;
+             SELECT register_vault_column('notes', 'body', 'id::text')",
+        )
+        .expect("notes");
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    start(&mut client);
+    wait_until("it is over", || state(&mut client) == "incomplete");
+    client.query_one("SELECT FROM vault_rotation WHERE errors = 10 AND NOT old_keys_are_free", &[]).expect("the end");
+    let told = "SELECT count(*) FROM vault_rotation_errors WHERE item ~ '^public.notes.body [0-9]+$'";
+    assert_eq!(value::<i64>(&mut client, told), 10);
+    client.batch_execute("SELECT register_vault_column('notes', 'body', '''note/'' || id')").expect("register");
+    start(&mut client);
+    wait_for_end(&mut client);
+    assert_eq!(under_the_first_key(&mut client), 10);
+}
+
+#[test]
+fn the_rotation_in_one_transaction_waits_for_rows_that_a_session_keeps_locked() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_few(&mut client);
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    let mut locking = database.connect();
+    locking.batch_execute("BEGIN; SELECT FROM notes WHERE id <= 5 FOR UPDATE").expect("lock");
+    let mut rotating = database.connect();
+    let pid: i32 = value(&mut rotating, "SELECT pg_backend_pid()");
+    std::thread::scope(|scope| {
+        scope.spawn(move || rotating.batch_execute("SELECT rotate_vault_key()").expect("rotate_vault_key"));
+        let waits = format!("SELECT cardinality(pg_blocking_pids({pid})) > 0");
+        wait_until("it waits", || value(&mut client, &waits));
+        locking.batch_execute("COMMIT").expect("COMMIT");
+    });
+    assert_eq!(under_the_first_key(&mut client), 200);
+}
+
+#[test]
+fn a_table_that_is_locked_for_long_is_waited_for() {
+    let cluster = Cluster::start(&[QUICK]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_few(&mut client);
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    let mut locking = database.connect();
+    locking.batch_execute("BEGIN; LOCK TABLE notes IN SHARE MODE").expect("lock");
+    start(&mut client);
+    for _ in 0..4 {
+        let problem = "SELECT count(*) FROM vault_rotation WHERE problem = 'canceling statement due to lock timeout'";
+        wait_until("it has tried", || value::<i64>(&mut client, problem) == 1);
+        client.batch_execute("UPDATE _nexus_hub.vault_rotation_state SET problem = NULL").expect("UPDATE");
+    }
+    assert_eq!(state(&mut client), "running");
+    locking.batch_execute("ROLLBACK").expect("ROLLBACK");
+    wait_for_end(&mut client);
+    assert_eq!(under_the_first_key(&mut client), 200);
+}
+
+#[test]
+fn an_expression_that_hangs_holds_up_no_shutdown() {
+    let cluster = Cluster::start(&[QUICK]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client
+        .batch_execute(
+            "CREATE TABLE notes (id integer PRIMARY KEY, body bytea);
+             INSERT INTO notes VALUES (1, encrypt_token('x', '1'));
+             CREATE FUNCTION hangs(id integer) RETURNS text LANGUAGE plpgsql AS $$ BEGIN
+                 IF EXISTS (SELECT FROM pg_stat_activity WHERE pid = pg_backend_pid() AND backend_type = 'nexus_hub rotation') THEN
+                     PERFORM pg_sleep(600);
+                 END IF;
+                 RETURN id::text; END $$;
+             SELECT register_vault_column('notes', 'body', 'public.hangs(id)')",
+        )
+        .expect("notes");
+    use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
+    start(&mut client);
+    let hangs =
+        "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'nexus_hub rotation' AND wait_event = 'PgSleep'";
+    wait_until("it hangs", || value::<i64>(&mut client, hangs) == 1);
+    drop(client);
+    // Were the server to wait for the expression, this would fail by its own time limit.
+    cluster.pg_ctl(&["-t", "20", "-m", "fast", "stop"]);
 }

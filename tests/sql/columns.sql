@@ -76,15 +76,19 @@ DROP TRIGGER forbidden ON kept.notes;
 -- ── What can go wrong with it ──
 
 CREATE FUNCTION pg_temp.problem() RETURNS text LANGUAGE sql AS $$ SELECT problem FROM vault_columns WHERE is_registered $$;
+CREATE FUNCTION pg_temp.faults() RETURNS text LANGUAGE sql AS
+$$ SELECT string_agg(e, '; ' ORDER BY e) FROM rotate_vault_key() r, unnest(r.errors) AS e WHERE e !~ 'too short' $$;
+-- Everything is under the first key: a rotation has nothing to do but find what is wrong.
+SELECT is(pg_temp.faults(), NULL, 'nothing is wrong as yet');
 ALTER TABLE kept.notes_2 OWNER TO other;
-SELECT is(pg_temp.error_of('SELECT rotate_vault_key()'),
-          '55000: kept.notes_2."the text" cannot be taken along: it was registered when keeper owned the table: the owner must register it again | register_vault_column registers a column anew, unregister_vault_column has rotations leave it alone.',
+SELECT is(pg_temp.faults(), 'kept.notes_2."the text": it was registered when keeper owned the table: the owner must register it again',
           'an expression is not run with the rights of a later owner');
+SELECT is((SELECT value_count FROM vault_keys WHERE is_primary), NULL, 'and what cannot be read is not counted as nothing');
 ALTER TABLE kept.notes_2 OWNER TO keeper;
 ALTER TABLE kept.notes RENAME "the text" TO body;
-SELECT is(split_part(pg_temp.error_of('SELECT rotate_vault_key()'), ' | ', 1),
-          '55000: kept.notes_1."the text" cannot be taken along: there is no such column of type bytea any more: unregister it',
-          'a column that is gone stops the rotation with its name');
+SELECT is(pg_temp.faults(), 'kept.notes_1."the text": there is no such column of type bytea any more: unregister it; '
+                            'kept.notes_2."the text": there is no such column of type bytea any more: unregister it',
+          'a column that is gone is told by its name');
 ALTER TABLE kept.notes RENAME body TO "the text";
 -- The expression runs as the table's owner, whoever rotates, and can change neither that nor the session.
 CREATE FUNCTION kept.who(id integer) RETURNS text LANGUAGE plpgsql AS
@@ -97,18 +101,40 @@ ALTER FUNCTION kept.who(integer) OWNER TO keeper;
 SET LOCAL ROLE keeper;
 SELECT register_vault_column('kept.notes', 'the text', 'kept.who(id)');
 RESET ROLE;
-SELECT lives_ok('SELECT rotate_vault_key()', 'the owner''s expression runs as the owner');
+SELECT is(pg_temp.faults(), NULL, 'the owner''s expression runs as the owner');
 SELECT isnt(current_setting('work_mem'), '123MB', 'and leaves the session''s settings as they were');
 SET LOCAL ROLE keeper;
 CREATE OR REPLACE FUNCTION kept.who(id integer) RETURNS text LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'RESET ROLE'; RETURN ''; END $$;
 RESET ROLE;
-SELECT is(split_part(pg_temp.error_of('SELECT rotate_vault_key()'), ' | ', 1), '42501: cannot set parameter "role" within security-definer function', 'it cannot become somebody else');
+SELECT alike(pg_temp.faults(), 'kept.notes_1."the text": cannot set parameter "role" within security-%', 'it cannot become somebody else');
+SET LOCAL ROLE keeper;
+CREATE OR REPLACE FUNCTION kept.who(id integer) RETURNS text LANGUAGE plpgsql AS $$ BEGIN CREATE TABLE kept.more (); RETURN ''; END $$;
+RESET ROLE;
+SELECT is((SELECT value_count FROM vault_keys WHERE is_primary), NULL, 'nor write where it is only to be read');
 SET LOCAL ROLE keeper;
 SELECT register_vault_column('kept.notes', 'the text', '''note/'' || id');
 ALTER TABLE kept.notes_1 ENABLE ROW LEVEL SECURITY;
 ALTER TABLE kept.notes_1 FORCE ROW LEVEL SECURITY;
 RESET ROLE;
-SELECT is(split_part(pg_temp.error_of('SELECT rotate_vault_key()'), ' | ', 1), '42501: query would be affected by row-level security policy for table "notes_1"', 'rows that a policy hides from the owner are not passed over');
+SELECT is(pg_temp.faults(), 'kept.notes_1."the text": query would be affected by row-level security policy for table "notes_1"', 'rows that a policy hides from the owner are not passed over');
+SET LOCAL ROLE keeper;
+ALTER TABLE kept.notes_1 NO FORCE ROW LEVEL SECURITY;
+-- A trigger that is enabled always, and puts back what was there.
+CREATE FUNCTION kept.keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN OLD; END $$;
+CREATE TRIGGER keep BEFORE UPDATE ON kept.notes_2 FOR EACH ROW EXECUTE FUNCTION kept.keep();
+ALTER TABLE kept.notes_2 ENABLE ALWAYS TRIGGER keep;
+RESET ROLE;
+SELECT set_config('app.vault_old_key', :old, true), set_config('app.vault_new_key', :new, true);
+SELECT is(pg_temp.faults(), 'kept.notes_2."the text": only 0 of 3 rows could be written', 'what is not written is told');
+SELECT set_config('app.vault_old_key', :new, true), set_config('app.vault_new_key', :old, true);
+SELECT rotate_vault_key();
+-- What is called like a type, where the caller looks first.
+SET LOCAL ROLE keeper;
+CREATE FUNCTION kept.boom(v pg_catalog.text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'it runs as %', current_user; END $$;
+CREATE DOMAIN pg_temp.name AS pg_catalog.name CHECK (kept.boom(value::pg_catalog.text));
+SELECT lives_ok($$SELECT register_vault_column('kept.notes', 'the text', '''note/'' || id')$$, 'it is not taken for one of PostgreSQL''s');
+DROP DOMAIN pg_temp.name;
+RESET ROLE;
 
 SET LOCAL ROLE keeper;
 SELECT is(unregister_vault_column('kept.notes', 'the text'), true, 'it can be unregistered');

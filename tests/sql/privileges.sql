@@ -81,7 +81,7 @@ SELECT set_eq(
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_secret', 'seal_secret', 'secret_context', 'secret_exists', 'secret_owner', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
                                              'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
-      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
+      UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('primary_vault_key', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
                        ('open_secret', 'service_role'), ('api_key_object', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
