@@ -101,7 +101,11 @@ fn set_rotation_paused(paused: bool) -> Result<bool, ErrorReport> {
         })
     });
     xact::have_worker_poll_at_commit();
-    Ok(switched.map_err(internal)?.unwrap_or_default())
+    let switched = switched.map_err(internal)?.unwrap_or_default();
+    if switched {
+        audit::note(audit::Kind::Rotate, Some(if paused { "pause" } else { "resume" }), audit::Outcome::Allowed);
+    }
+    Ok(switched)
 }
 
 /// The fingerprint of the key that encrypts.

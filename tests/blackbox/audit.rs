@@ -1,6 +1,8 @@
 //! The audit of the vault: who is seen doing what, in spite of rollbacks, restarts and kills, and that no value is.
 
+use crate::rotation::{NEW_KEY, use_keys};
 use crate::support::*;
+use crate::vault::KEY;
 use postgres::Client;
 use serde_json::json;
 
@@ -426,4 +428,27 @@ fn without_preloading_nothing_is_noted_and_all_works() {
         .expect("open");
     assert_eq!(total(&mut client, "true"), 0);
     assert!(value::<bool>(&mut client, "SELECT bool_and(encrypted_count IS NULL AND NOT is_worn) FROM vault_keys"));
+}
+
+#[test]
+fn changes_of_named_secrets_and_rotations_in_the_background_are_seen() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let (mut client, mut owner) = (database.connect(), database.connect());
+    use_keys(&cluster, &mut owner, &[NEW_KEY, KEY]);
+    claim(&mut client, "authenticated", ALICE);
+    for statement in ["SELECT create_secret('s', $1)", "SELECT update_secret('s', $1 || 'x')"] {
+        client.query_one(statement, &[&MARKER]).expect(statement);
+    }
+    client.batch_execute("SELECT delete_secret('s'), delete_secret('another')").expect("delete_secret");
+    let object = format!("secret:{ALICE}:s");
+    let entry = format!("change {object} allowed 1 authenticated {ALICE}");
+    wait_for(&mut owner, &object, &[&entry, &entry, &entry]);
+
+    claim(&mut client, "service_role", ALICE);
+    client.batch_execute("BEGIN; SELECT create_secret('s', 'taken back'); ROLLBACK").expect("create");
+    wait_for(&mut owner, "secret:shared:s", &[&format!("change secret:shared:s rolled_back 1 service_role {ALICE}")]);
+    let key: String = client.query_one("SELECT start_vault_rotation()", &[]).expect("start").get(0);
+    wait_for(&mut owner, &key, &[&format!("rotate {key} allowed 1 service_role {ALICE}")]);
+    assert_eq!(total(&mut owner, &format!("object LIKE '%{MARKER}%'")), 0);
 }
