@@ -318,23 +318,28 @@ fn a_check_lets_go_of_its_tables_for_whoever_wants_to_change_them() {
     let database = cluster.database();
     let mut client = database.connect();
     add_few(&mut client);
+    client
+        .batch_execute(
+            "CREATE TABLE slow ();
+             CREATE FUNCTION context(id integer) RETURNS text LANGUAGE plpgsql AS $$ BEGIN
+                 IF EXISTS (SELECT FROM public.slow) THEN PERFORM pg_sleep(0.02); END IF; RETURN id::text; END $$;
+             SELECT register_vault_column('notes', 'body', 'public.context(id)')",
+        )
+        .expect("a context");
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
-    // The sweep is over in a moment, and the check is held up between two pieces of its work.
+    // The sweep is over in a moment, and the check waits until it is slow.
     let mut late = database.connect();
     late.batch_execute("BEGIN; SELECT now()").expect("BEGIN");
     start(&mut client);
     wait_until("it is to be checked", || state(&mut client) == "checking");
-    cluster.configure(&[SLOW]);
-    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    client.batch_execute("INSERT INTO slow DEFAULT VALUES").expect("INSERT");
     late.batch_execute("COMMIT").expect("COMMIT");
-    wait_until("it is being checked, or was", || {
-        let checks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-                       WHERE a.backend_type = 'nexus_hub rotation' AND l.relation = 'notes'::regclass AND l.granted";
-        value::<i64>(&mut client, checks) > 0 || state(&mut client) == "done"
-    });
-    client.batch_execute("SET lock_timeout = '10s'; ALTER TABLE notes ADD COLUMN more text").expect("ALTER TABLE");
-    cluster.configure(&[QUICK]);
-    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    let checks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+                   WHERE a.backend_type = 'nexus_hub rotation' AND l.relation = 'notes'::regclass AND l.granted";
+    wait_until("it is being checked", || value::<i64>(&mut client, checks) > 0);
+    client.batch_execute("SET lock_timeout = '30s'; ALTER TABLE notes ADD COLUMN more text").expect("ALTER TABLE");
+    assert_eq!(state(&mut client), "checking", "it was in nobody's way");
+    client.batch_execute("DELETE FROM slow").expect("DELETE");
     wait_for_end(&mut client);
 }
 
