@@ -8,5 +8,6 @@ pub mod job;
 pub mod json;
 pub mod keyring;
 pub mod provider;
+pub mod rate;
 pub mod schedule;
 pub mod secret;

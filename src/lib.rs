@@ -1,7 +1,7 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `byok`, `jobs`, `servers`, `vault` → `net` and `pg` →
-//! `domain`.
+//! Floors, imports run downward only: `worker` → the façades `byok`, `jobs`, `rate_limit`, `servers`, `vault` → `net` and
+//! `pg` → `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
 
@@ -10,6 +10,7 @@ mod domain;
 mod jobs;
 mod net;
 mod pg;
+mod rate_limit;
 mod servers;
 mod vault;
 mod worker;
@@ -28,6 +29,7 @@ extension_sql_file!("../sql/columns.sql", name = "columns", requires = ["byok"])
 extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["columns"]);
 extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["columns"]);
 extension_sql_file!("../sql/online_rotation.sql", name = "online_rotation", requires = ["rotation"]);
+extension_sql_file!("../sql/rate_limit.sql", name = "rate_limit", requires = ["byok"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

@@ -4,6 +4,7 @@ mod assign;
 mod backlog;
 mod feed;
 mod launcher;
+mod limits;
 mod rotate;
 mod run;
 mod start;
