@@ -284,7 +284,8 @@ pub fn register() {
         &RATE_LIMIT_MAX_KEYS,
         1024,
         16_777_216,
-        GucContext::Postmaster,
+        // Of no use then, and PostgreSQL lets nobody announce such a setting after the start.
+        if super::preloading() { GucContext::Postmaster } else { GucContext::Sighup },
         GucFlags::empty(),
     );
     GucRegistry::define_enum_guc(

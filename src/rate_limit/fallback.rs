@@ -71,7 +71,7 @@ impl<'a> Entry<'a> {
         let microseconds = i64::try_from(expires / 1000).unwrap_or(i64::MAX);
         let [kind, name, user, window] = self.arguments();
         let arguments = [kind, name, user, window, state.cast_signed().into(), microseconds.into()];
-        run("SELECT _nexus_hub.set_rate_limit_state($1, $2, $3, $4, $5, $6)", &arguments).map(|_| ())
+        run("SELECT true FROM _nexus_hub.set_rate_limit_state($1, $2, $3, $4, $5, $6)", &arguments).map(|_| ())
     }
 }
 
@@ -118,7 +118,7 @@ pub fn count(server: &str, user: Option<&[u8; 16]>, limit: i32, now: u64) -> Res
         let (minute, calls) = minute::parts(closed);
         let [_, name, user, _] = entry.arguments();
         let arguments = [name, user, minute.cast_signed().into(), calls.cast_signed().into()];
-        run("SELECT _nexus_hub.record_rate_limit_window($1, $2, $3, $4)", &arguments)?;
+        run("SELECT true FROM _nexus_hub.record_rate_limit_window($1, $2, $3, $4)", &arguments)?;
     }
     entry.store(step.state, minute::end(minute::of(now)))?;
     Ok(step.allowed)

@@ -69,7 +69,7 @@ struct Header {
     used: AtomicU32,
     free: AtomicU32,
     hand: AtomicU32,
-    full_at: AtomicU64,
+    full_until: AtomicU64,
     warned_at: AtomicI64,
     space: Partition,
     partitions: [Partition; PARTITIONS],

@@ -6,8 +6,9 @@ use crate::domain::rate::key::Kind;
 use crate::domain::rate::{SECOND, minute, valid_state};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-/// How long it is remembered that no slot could be had, so that calls on a full table stay quick.
+/// How long it is remembered at most, and at least, that no slot could be had, so that calls on a full table stay quick.
 const FULL_TIME: u64 = SECOND;
+const SHORT_FULL_TIME: u64 = SECOND / 100;
 /// Slots that are looked at for one whose minute is written down, where one was found that is not.
 const PATIENCE: u32 = 256;
 /// Slots after which a long search looks at interrupts.
@@ -37,6 +38,14 @@ impl Slot {
         } else {
             Standing::Expired
         }
+    }
+}
+
+impl Slot {
+    /// When an entry that is in use expires, if nobody calls.
+    fn expiry(&self) -> u64 {
+        let (kind, state) = (self.kind.load(SeqCst), self.state.load(SeqCst));
+        if kind == Kind::Text as u32 { state } else { minute::end(minute::parts(state).0) }
     }
 }
 
@@ -76,11 +85,11 @@ impl Rates {
 
     fn evict(&self, now: u64, may_interrupt: bool) -> Option<u32> {
         let header = self.0;
-        let full_at = header.full_at.load(Relaxed);
-        // With the next minute many expire at once.
-        if full_at <= now && now - full_at < FULL_TIME && minute::of(full_at) == minute::of(now) {
+        let full_until = header.full_until.load(Relaxed);
+        if full_until > now && full_until - now <= FULL_TIME {
             return None;
         }
+        let mut next_expiry = u64::MAX;
         let mut unrecorded = None;
         let mut tries = 0;
         for looked_at in 1..=header.max_keys {
@@ -90,7 +99,7 @@ impl Rates {
             // It wraps around at a power of two, not at the size: some slots are then looked at twice.
             let index = header.hand.fetch_add(1, Relaxed) % header.max_keys;
             match self.slots()[index as usize].standing(now) {
-                Standing::InUse => {}
+                Standing::InUse => next_expiry = next_expiry.min(self.slots()[index as usize].expiry()),
                 Standing::Expired => {
                     if self.reclaim(index, now, Standing::Expired) {
                         return Some(index);
@@ -111,7 +120,7 @@ impl Rates {
         if let Some(index) = unrecorded.filter(|index| self.reclaim(*index, now, Standing::Unrecorded)) {
             return Some(index);
         }
-        header.full_at.store(now, Relaxed);
+        header.full_until.store(next_expiry.clamp(now + SHORT_FULL_TIME, now + FULL_TIME), Relaxed);
         None
     }
 
