@@ -73,7 +73,13 @@ fn count(server: &str, user: Option<&[u8; 16]>, limit: i32, now: u64, only_allow
     };
     let Some(table) = table else { return fallback::count(server, user, limit, now) };
     let key = table.server_key(server, user);
-    Ok(table.count(&key, now, limit, only_allowed).unwrap_or_else(|| limit > 0 && admit_when_full(table, now)))
+    Ok(table.count(&key, now, limit, only_allowed).unwrap_or_else(|| {
+        if limit > 0 {
+            return admit_when_full(table, now);
+        }
+        table.note_denied();
+        false
+    }))
 }
 
 fn note_exempt(table: Option<Rates>) {

@@ -67,11 +67,11 @@ SELECT is((rate_limit_peek('gcra', 3, w)).remaining, 2, format('that of %s secon
 SELECT is(reset_rate_limit('gcra'), false, 'and then there is nothing to be reset');
 SELECT is(r.remaining, 6, 'a cost counts for as many calls') FROM rate_limit('cost', 10, 60, 4) AS r;
 SELECT is((r.allowed, r.remaining), (false, 6), 'a call that costs too much is charged nothing') FROM rate_limit('cost', 10, 60, 7) AS r;
-SELECT is((r.allowed, r.retry_after_seconds), (false, NULL), 'one that costs more than a burst will never be allowed') FROM rate_limit('cost', 10, 60, 11) AS r;
+SELECT is((r.allowed, r.retry_after_seconds), (false, NULL::float8), 'one that costs more than a burst will never be allowed') FROM rate_limit('cost', 10, 60, 11) AS r;
 SELECT is((r.allowed, r.remaining), (true, 6), 'one that costs nothing always is') FROM rate_limit('cost', 10, 60, 0) AS r;
 SELECT is((r.allowed, r."limit", r.remaining), (true, 10, 1), 'a burst below the limit') FROM rate_limit('burst', 10, 60, 1, 2) AS r;
 SELECT is((r.allowed, r.remaining), (true, 19), 'and above it') FROM rate_limit('burst 2', 10, 60, 1, 20) AS r;
-SELECT is((r.allowed, r."limit", r.remaining, r.retry_after_seconds), (false, n, 0, NULL), format('a limit of %s allows nothing', n))
+SELECT is((r.allowed, r."limit", r.remaining, r.retry_after_seconds), (false, n, 0, NULL::float8), format('a limit of %s allows nothing', n))
   FROM unnest(ARRAY[0, -1, -2147483648]) AS n, rate_limit('none', n) AS r;
 SELECT is((r.allowed, r.remaining), (true, 2147483646), 'the highest limit') FROM rate_limit('most', 2147483647) AS r;
 SELECT is((r.allowed, r.remaining), (true, 0), 'the longest window') FROM rate_limit('long', 1, 2147483647) AS r;
