@@ -76,7 +76,9 @@ BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'service_role') THEN
         GRANT SELECT, INSERT, UPDATE, DELETE
            ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results,
-              @extschema@.api_keys, @extschema@.api_gateway_configs, @extschema@.user_settings, _nexus_hub.secrets TO service_role;
+              @extschema@.api_keys, @extschema@.api_gateway_configs, @extschema@.user_settings,
+              @extschema@.rate_limit_exemptions, @extschema@.rate_limit_overrides, _nexus_hub.secrets TO service_role;
+        GRANT SELECT ON @extschema@.rate_limit_tracking, @extschema@.rate_limit_stats TO service_role;
         GRANT SELECT ON @extschema@.job_attempts, @extschema@.circuit_breakers TO service_role;
         GRANT EXECUTE ON FUNCTION
             @extschema@.http_request(text, text, text, jsonb, integer, integer, timestamptz, integer, text),
@@ -104,7 +106,15 @@ BEGIN
             _nexus_hub.api_key(text),
             _nexus_hub.model_provider(text),
             _nexus_hub.model_name(text, text),
-            _nexus_hub.no_api_key(text, uuid, boolean)
+            _nexus_hub.no_api_key(text, uuid, boolean),
+            @extschema@.check_rate_limit(text, uuid, integer),
+            @extschema@.rate_limit(text, integer, integer, integer, integer),
+            @extschema@.rate_limit_peek(text, integer, integer, integer, integer),
+            @extschema@.rate_limit_all(text[], integer[], integer[], integer[], integer[]),
+            @extschema@.reset_rate_limit(text),
+            @extschema@.reset_server_rate_limit(text, uuid),
+            _nexus_hub.rate_limit_minutes(),
+            _nexus_hub.rate_limit_statistics()
             TO service_role;
         GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_columns, @extschema@.vault_rotation, @extschema@.vault_rotation_errors,
               @extschema@.vault_audit

@@ -13,6 +13,7 @@ pub mod needle;
 pub mod percent;
 pub mod placeholder;
 pub mod provider;
+pub mod rate;
 pub mod redact;
 pub mod schedule;
 pub mod secret;

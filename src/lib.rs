@@ -1,7 +1,7 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `jobs`, `secrets`, `servers`, `vault` → `net` and `pg` →
-//! `domain`.
+//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `jobs`, `rate_limit`, `secrets`, `servers`,
+//! `vault` → `net` and `pg` → `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
 
@@ -11,6 +11,7 @@ mod domain;
 mod jobs;
 mod net;
 mod pg;
+mod rate_limit;
 mod secrets;
 mod servers;
 mod vault;
@@ -32,6 +33,7 @@ extension_sql_file!("../sql/columns.sql", name = "columns", requires = ["byok"])
 extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["columns"]);
 extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["columns"]);
 extension_sql_file!("../sql/online_rotation.sql", name = "online_rotation", requires = ["rotation"]);
+extension_sql_file!("../sql/rate_limit.sql", name = "rate_limit", requires = ["byok"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

@@ -10,6 +10,7 @@ pub mod error;
 pub mod guc;
 pub mod hooks;
 pub mod identity;
+pub mod limit_row;
 pub mod plaintext;
 pub mod process;
 pub mod random;

@@ -5,6 +5,7 @@ mod backlog;
 mod feed;
 mod fill;
 mod launcher;
+mod limits;
 mod record;
 mod rotate;
 mod run;

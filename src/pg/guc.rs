@@ -30,6 +30,9 @@ static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static REQUEST_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(30_000);
 static MAX_RESPONSE_BYTES: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024 * 1024);
 static SESSION_IDLE_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(300_000);
+static RATE_LIMIT_MAX_KEYS: GucSetting<i32> = GucSetting::<i32>::new(65_536);
+static RATE_LIMIT_WHEN_FULL: GucSetting<WhenFull> = GucSetting::<WhenFull>::new(WhenFull::Allow);
+static RATE_LIMIT_RETENTION_S: GucSetting<i32> = GucSetting::<i32>::new(86_400);
 static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static AUDIT: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AUDIT_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(90 * 24 * 60);
@@ -42,6 +45,16 @@ pub enum Executor {
     Worker,
     #[name = c"edge"]
     Edge,
+}
+
+/// What becomes of calls that the table of rate limits has no room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+#[allow(non_camel_case_types)]
+pub enum WhenFull {
+    #[name = c"allow"]
+    Allow,
+    #[name = c"refuse"]
+    Refuse,
 }
 
 /// Announces the settings to PostgreSQL. Called once, from `_PG_init`.
@@ -284,6 +297,35 @@ pub fn register() {
         GucContext::Suset,
         GucFlags::UNIT_MIN,
     );
+    GucRegistry::define_int_guc(
+        c"nexus_hub.rate_limit_max_keys",
+        c"Keys of rate limits that there is room for in shared memory, of all databases together.",
+        c"Each takes about 260 bytes. Entries that are of no more use make room for others.",
+        &RATE_LIMIT_MAX_KEYS,
+        1024,
+        16_777_216,
+        // Of no use then, and PostgreSQL lets nobody announce such a setting after the start.
+        if super::preloading() { GucContext::Postmaster } else { GucContext::Sighup },
+        GucFlags::empty(),
+    );
+    GucRegistry::define_enum_guc(
+        c"nexus_hub.rate_limit_when_full",
+        c"What becomes of calls that the table of rate limits has no room for: allow or refuse.",
+        c"They are counted in rate_limit_stats, and the log tells of them once a minute at most.",
+        &RATE_LIMIT_WHEN_FULL,
+        GucContext::Sighup,
+        GucFlags::empty(),
+    );
+    GucRegistry::define_int_guc(
+        c"nexus_hub.rate_limit_retention",
+        c"How long closed windows stay in rate_limit_tracking.",
+        c"",
+        &RATE_LIMIT_RETENTION_S,
+        60,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
     // Misspelt settings in postgresql.conf are reported instead of ignored.
     #[cfg(feature = "pg14")]
     // SAFETY: the prefix is a static C string.
@@ -339,6 +381,21 @@ pub fn workers_per_database() -> u16 {
 pub fn vault_rotation_rest(work: Duration) -> Duration {
     let pace = VAULT_ROTATION_PACE.get().clamp(1, 100).unsigned_abs();
     work * (100 - pace) / pace
+}
+
+/// `nexus_hub.rate_limit_max_keys`.
+pub fn rate_limit_max_keys() -> u32 {
+    RATE_LIMIT_MAX_KEYS.get().unsigned_abs()
+}
+
+/// Whether a call that there is no room for is allowed: `nexus_hub.rate_limit_when_full`.
+pub fn allows_when_full() -> bool {
+    RATE_LIMIT_WHEN_FULL.get() == WhenFull::Allow
+}
+
+/// `nexus_hub.rate_limit_retention`.
+pub fn rate_limit_retention() -> Duration {
+    Duration::from_secs(RATE_LIMIT_RETENTION_S.get().unsigned_abs().into())
 }
 
 /// `nexus_hub.ca_file`, NULL and the empty string being the same.

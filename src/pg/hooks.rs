@@ -45,8 +45,12 @@ unsafe extern "C-unwind" fn process_utility(
     // SAFETY: PostgreSQL hands a valid statement, and whatever comes goes on unchanged.
     unsafe {
         look_at((*statement).utilityStmt);
+        let dropped = dropped_database((*statement).utilityStmt);
         let next = PREVIOUS.unwrap_or(standard_process_utility);
         next(statement, query, read_only_tree, context, params, environment, receiver, completion);
+        if dropped != pg_sys::InvalidOid {
+            forget(dropped);
+        }
     }
 }
 
@@ -63,6 +67,26 @@ unsafe extern "C-unwind" fn look_at(parse_tree: *mut pg_sys::Node) {
         if may_drop_extension(parse_tree) && catalog_is_reachable() {
             xact::nudge_worker_at_commit();
         }
+    }
+}
+
+/// The database that a statement drops.
+#[pg_guard]
+unsafe extern "C-unwind" fn dropped_database(node: *mut pg_sys::Node) -> pg_sys::Oid {
+    // SAFETY: a valid statement's parse tree; the cast is to the struct that the node's tag names.
+    unsafe {
+        if (*node).type_ != pg_sys::NodeTag::T_DropdbStmt {
+            return pg_sys::InvalidOid;
+        }
+        catalog::database(CStr::from_ptr((*node.cast::<pg_sys::DropdbStmt>()).dbname)).unwrap_or(pg_sys::InvalidOid)
+    }
+}
+
+/// Forgets what shared memory holds of a database: another one may get its number.
+#[pg_guard]
+unsafe extern "C-unwind" fn forget(database: pg_sys::Oid) {
+    if let Some(rates) = shmem::rates::table() {
+        rates.forget_database(database.to_u32());
     }
 }
 

@@ -88,6 +88,12 @@ pub fn may_write() -> bool {
     unsafe { !pg_sys::XactReadOnly && !pg_sys::RecoveryInProgress() && !pg_sys::IsInParallelMode() }
 }
 
+/// Whether the server is a standby, which can't read unlogged tables either.
+pub fn on_standby() -> bool {
+    // SAFETY: a look at the server's state.
+    unsafe { pg_sys::RecoveryInProgress() }
+}
+
 /// A (sub)transaction that may still be rolled back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Undecided {

@@ -1,12 +1,14 @@
 //! Shared memory: who runs where, who wants a worker, and who waits for a job to end.
 //!
 //! All of it is atomics, so a process killed at any point leaves no lock behind, and a commit callback can use it
-//! without a chance to fail.
+//! without a chance to fail. Rate limits have a segment of their own.
 
 pub mod audit;
 pub mod keys;
+pub mod rates;
 pub mod tally;
 
+use super::guc;
 use pgrx::prelude::*;
 use std::cell::UnsafeCell;
 use std::ptr::null_mut;
@@ -122,7 +124,10 @@ pub fn register() {
     // SAFETY: the postmaster runs this before it has children or threads; the hooks chain to the ones before.
     unsafe {
         #[cfg(feature = "pg14")]
-        pg_sys::RequestAddinShmemSpace(size_of::<Shared>());
+        {
+            pg_sys::RequestAddinShmemSpace(size_of::<Shared>());
+            pg_sys::RequestAddinShmemSpace(rates::size(guc::rate_limit_max_keys()));
+        }
         #[cfg(not(feature = "pg14"))]
         {
             PREVIOUS_REQUEST_HOOK = pg_sys::shmem_request_hook;
@@ -142,6 +147,7 @@ unsafe extern "C-unwind" fn request() {
             pg_sys::ffi::pg_guard_ffi_boundary(|| previous());
         }
         pg_sys::RequestAddinShmemSpace(size_of::<Shared>());
+        pg_sys::RequestAddinShmemSpace(rates::size(guc::rate_limit_max_keys()));
     }
 }
 
@@ -161,6 +167,7 @@ unsafe extern "C-unwind" fn startup() {
             pg_sys::ConditionVariableInit((*segment).job_finished.get());
         }
         SHARED.store(segment, SeqCst);
+        rates::start(guc::rate_limit_max_keys());
     }
 }
 

@@ -14,6 +14,20 @@ pub fn with_fresh<R>(read: impl FnOnce() -> R) -> R {
     }
 }
 
+/// Runs read-only SPI with a snapshot of what is committed by now, at any isolation level. In a parallel query, which may
+/// take none, with the transaction's.
+pub fn with_latest<R>(read: impl FnOnce() -> R) -> R {
+    // SAFETY: as above.
+    unsafe {
+        let snapshot =
+            if pg_sys::IsInParallelMode() { pg_sys::GetTransactionSnapshot() } else { pg_sys::GetLatestSnapshot() };
+        pg_sys::PushActiveSnapshot(snapshot);
+        let result = read();
+        pg_sys::PopActiveSnapshot();
+        result
+    }
+}
+
 /// Whether the transaction goes by one snapshot for its whole life (REPEATABLE READ, SERIALIZABLE).
 pub fn is_frozen() -> bool {
     // SAFETY: a plain global of this process.

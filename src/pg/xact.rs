@@ -25,6 +25,7 @@ const NUDGE: u8 = 1;
 const WAKE: u8 = 2;
 const LOOK: u8 = 4;
 const POLL: u8 = 8;
+const RATE_RULES: u8 = 16;
 
 /// How a subtransaction has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,12 @@ pub fn have_worker_look_at_commit() {
 /// The same as [`wake_worker_at_commit`], and has it look at everything now, as it does from time to time.
 pub fn have_worker_poll_at_commit() {
     at_commit(WAKE | POLL);
+}
+
+/// Has every session read the exemptions and overrides of rate limits again when the running transaction ends, in
+/// whatever way: this one may have read its own.
+pub fn rate_rules_change() {
+    at_commit(RATE_RULES);
 }
 
 /// Has `forget` called when the running transaction ends, in whatever way. One at a time.
@@ -98,6 +105,14 @@ pub fn register() {
     }
 }
 
+fn tell_of_rules(action: u8) {
+    if action & RATE_RULES != 0
+        && let Some(rates) = shmem::rates::table()
+    {
+        rates.rules_changed();
+    }
+}
+
 /// Whether a transaction id is that of the running transaction or of one of its subtransactions.
 pub fn is_current(id: u32) -> bool {
     // SAFETY: a look-up in the state of the running transaction.
@@ -121,6 +136,7 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             // SAFETY: a plain global of this process.
             let database = unsafe { pg_sys::MyDatabaseId };
             let action = AT_COMMIT.swap(NOTHING, Relaxed);
+            tell_of_rules(action);
             if action & POLL != 0 {
                 shmem::ask_for_poll(database);
             }
@@ -131,7 +147,7 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             }
         }
         pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
-            AT_COMMIT.store(NOTHING, Relaxed);
+            tell_of_rules(AT_COMMIT.swap(NOTHING, Relaxed));
         }
         _ => return,
     }

@@ -17,6 +17,7 @@ use crate::pg::catalog::Extension;
 use crate::pg::guc::{Executor, WorkerSettings};
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
+use crate::rate_limit::Recorder;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -94,6 +95,8 @@ pub struct Worker {
     pub failures: u32,
     /// No transaction before this time.
     pub not_before: Option<Instant>,
+    /// Writes down what was counted of rate limits.
+    pub recorder: Recorder,
     /// The process that rotates the vault's keys.
     pub rotation: rotate::Post,
 }
@@ -141,6 +144,7 @@ impl Worker {
                 }
             }
             self.record();
+            self.record_limits();
             self.wait();
             if self.in_flight.len() >= GATHER_IN_FLIGHT && (1..GATHER_OUTCOMES).contains(&self.tried.len()) {
                 std::thread::sleep(GATHER_TIME);
@@ -211,6 +215,7 @@ impl Worker {
                 .chain(self.flush_at)
                 .chain(record_at)
                 .chain([self.next_poll])
+                .chain(self.limits_due())
                 .min()
                 .unwrap_or(now);
             next.saturating_duration_since(now)

@@ -16,6 +16,7 @@ use crate::pg::catalog::Extension;
 use crate::pg::guc::{self, Executor, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
+use crate::rate_limit::Recorder;
 use crate::vault;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
@@ -103,6 +104,7 @@ pub fn main(slot: usize) -> i32 {
         edge,
         database_settings,
         outdated: settings.workers != place.of,
+        recorder: Recorder::new(now),
         draining_since: None,
         schedule: Schedule::new(caps(&settings), rules(&settings)),
         feed: Feed::new(now),

@@ -13,6 +13,7 @@ mod lanes;
 mod leaks;
 mod mcp;
 mod online_rotation;
+mod rate_limits;
 mod retries;
 mod rotation;
 mod secrets;

@@ -83,7 +83,8 @@ SELECT set_eq(
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('primary_vault_key', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
-                       ('open_secret', 'service_role'), ('api_key_object', 'service_role')$$,
+                       ('open_secret', 'service_role'), ('api_key_object', 'service_role'),
+                       ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──
@@ -129,7 +130,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|^resolve_provider$' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|rate_limit|^resolve_provider$' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
@@ -172,6 +173,12 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', st
     'UPDATE user_settings SET updated_at = now()',
     'DELETE FROM user_settings',
     'SELECT FROM vault_audit',
+    'SELECT FROM rate_limit_tracking',
+    'SELECT FROM rate_limit_stats',
+    'SELECT FROM rate_limit_exemptions',
+    'INSERT INTO rate_limit_exemptions (identifier) VALUES (nexus_hub_uid())',
+    'SELECT FROM rate_limit_overrides',
+    'INSERT INTO rate_limit_overrides (user_id, request_limit) VALUES (nexus_hub_uid(), 1000)',
     'SHOW nexus_hub.vault_key_file']) AS statement;
 SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
                          VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
@@ -191,10 +198,11 @@ SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
        WHERE nspname <> '_nexus_hub' AND has_table_privilege('service_role', oid, privilege)$$,
-    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings']) AS relname,
+    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings', 'rate_limit_exemptions', 'rate_limit_overrides']) AS relname,
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
       UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT'),
-                       ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT'), ('vault_audit', 'SELECT')$$,
+                       ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT'),
+                       ('vault_audit', 'SELECT'), ('rate_limit_tracking', 'SELECT'), ('rate_limit_stats', 'SELECT')$$,
     'service_role may read every public table, and write all but those that the worker alone writes');
 
 SELECT pg_temp.as_role('service_role');
@@ -214,6 +222,14 @@ SELECT is_empty('SELECT * FROM circuit_breakers', 'service_role reads circuit_br
 SELECT lives_ok('SELECT * FROM vault_audit', 'service_role reads vault_audit');
 SELECT isnt(insert_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai', 'k'), NULL, 'service_role stores a user''s API key');
 SELECT is(get_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai'), 'k', 'service_role reads a user''s API key');
+SELECT is(check_rate_limit('s', NULL, 10), true, 'service_role calls check_rate_limit');
+SELECT is((rate_limit('k', 10)).remaining, 9, 'service_role calls rate_limit');
+SELECT is((SELECT count(*) FROM rate_limit_all('{a,b}', '{1,1}')), 2::bigint, 'service_role calls rate_limit_all');
+SELECT is(reset_rate_limit('k'), true, 'service_role resets a limit');
+SELECT is((SELECT request_count FROM rate_limit_tracking WHERE server_id = 's' ORDER BY window_start DESC LIMIT 1), 1, 'service_role reads rate_limit_tracking');
+SELECT is((SELECT count(*) FROM rate_limit_stats), 1::bigint, 'service_role reads rate_limit_stats');
+SELECT lives_ok($$INSERT INTO rate_limit_exemptions (identifier) VALUES ('i')$$, 'service_role makes exemptions');
+SELECT lives_ok($$INSERT INTO rate_limit_overrides (key, request_limit) VALUES ('k', 5)$$, 'service_role makes overrides');
 SELECT throws_ok(statement, '42501', NULL, format('service_role cannot: %s', statement))
   FROM unnest(ARRAY[
     'INSERT INTO job_attempts (job_id, attempt, started_at, error) VALUES (gen_random_uuid(), 1, now(), ''e'')',

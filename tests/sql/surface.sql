@@ -69,7 +69,13 @@ SELECT set_eq(
     ('delete_user_gateway_config', 'p_user_id uuid', 'void'),
     ('get_user_gateway_base_url', 'p_user_id uuid', 'text'),
     ('get_user_allow_gateway_fallback', 'p_user_id uuid', 'boolean'),
-    ('resolve_provider', 'p_user_id uuid, p_model text', 'TABLE(provider text, model text, source text, service text, base_url text)')$$,
+    ('resolve_provider', 'p_user_id uuid, p_model text', 'TABLE(provider text, model text, source text, service text, base_url text)'),
+    ('check_rate_limit', 'p_server_id text, p_user_id uuid, p_limit_per_minute integer', 'boolean'),
+    ('rate_limit', 'p_key text, p_limit integer, p_window_seconds integer DEFAULT 60, p_cost integer DEFAULT 1, p_burst integer DEFAULT NULL::integer, OUT allowed boolean, OUT "limit" integer, OUT remaining integer, OUT retry_after_seconds double precision, OUT reset_seconds double precision', 'record'),
+    ('rate_limit_peek', 'p_key text, p_limit integer, p_window_seconds integer DEFAULT 60, p_cost integer DEFAULT 1, p_burst integer DEFAULT NULL::integer, OUT allowed boolean, OUT "limit" integer, OUT remaining integer, OUT retry_after_seconds double precision, OUT reset_seconds double precision', 'record'),
+    ('rate_limit_all', 'p_keys text[], p_limits integer[], p_windows_seconds integer[] DEFAULT NULL::integer[], p_costs integer[] DEFAULT NULL::integer[], p_bursts integer[] DEFAULT NULL::integer[]', 'TABLE(key text, allowed boolean, "limit" integer, remaining integer, retry_after_seconds double precision, reset_seconds double precision)'),
+    ('reset_rate_limit', 'p_key text', 'boolean'),
+    ('reset_server_rate_limit', 'p_server_id text, p_user_id uuid', 'boolean')$$,
     'the public functions are those of the contract, with its argument names, defaults and results');
 
 SELECT set_has(
@@ -145,7 +151,20 @@ SELECT set_has(
     ('user_settings', 'user_id', 'uuid', NULL),
     ('user_settings', 'allow_gateway_fallback', 'boolean', 'true'),
     ('user_settings', 'created_at', 'timestamp with time zone', 'now()'),
-    ('user_settings', 'updated_at', 'timestamp with time zone', 'now()')$$,
+    ('user_settings', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('rate_limit_exemptions', 'identifier', 'text', NULL),
+    ('rate_limit_exemptions', 'reason', 'text', NULL),
+    ('rate_limit_exemptions', 'created_at', 'timestamp with time zone', 'now()'),
+    ('rate_limit_overrides', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('rate_limit_overrides', 'key', 'text', NULL),
+    ('rate_limit_overrides', 'server_id', 'text', NULL),
+    ('rate_limit_overrides', 'user_id', 'uuid', NULL),
+    ('rate_limit_overrides', 'request_limit', 'integer', NULL),
+    ('rate_limit_overrides', 'created_at', 'timestamp with time zone', 'now()'),
+    ('rate_limit_tracking', 'server_id', 'text', NULL),
+    ('rate_limit_tracking', 'user_id', 'uuid', NULL),
+    ('rate_limit_tracking', 'window_start', 'timestamp with time zone', NULL),
+    ('rate_limit_tracking', 'request_count', 'integer', NULL)$$,
     'the tables have the columns of the contract, with its types and defaults');
 
 SELECT col_is_pk(:'schema', 'system_servers', 'id', 'system_servers is keyed by id');
@@ -158,6 +177,8 @@ SELECT col_is_pk(:'schema', 'circuit_breakers', ARRAY['host', 'worker'], 'circui
 SELECT col_is_pk(:'schema', 'api_keys', 'id', 'api_keys is keyed by id');
 SELECT col_is_pk(:'schema', 'api_gateway_configs', 'id', 'api_gateway_configs is keyed by id');
 SELECT col_is_pk(:'schema', 'user_settings', 'user_id', 'user_settings is keyed by user_id');
+SELECT col_is_pk(:'schema', 'rate_limit_exemptions', 'identifier', 'rate_limit_exemptions is keyed by identifier');
+SELECT col_is_pk(:'schema', 'rate_limit_overrides', 'id', 'rate_limit_overrides is keyed by id');
 SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L::regclass AND a.attgenerated = ''s''', format('%I.job_results', :'schema')),
               $$VALUES ('target'::name)$$, 'job_results.target is generated and stored, and nothing else is');
 
@@ -171,7 +192,8 @@ SELECT set_eq(
     ('get_job_status', 's'), ('wait_for_job', 'v'), ('cancel_job', 'v'), ('execute_job_via_pg_net', 'v'),
     ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's'),
     ('insert_user_api_key', 'v'), ('get_user_api_key', 's'), ('delete_user_api_key', 'v'), ('touch_user_api_key', 'v'), ('upsert_user_gateway_config', 'v'),
-    ('delete_user_gateway_config', 'v'), ('get_user_gateway_base_url', 's'), ('get_user_allow_gateway_fallback', 's'), ('resolve_provider', 's')$$,
+    ('delete_user_gateway_config', 'v'), ('get_user_gateway_base_url', 's'), ('get_user_allow_gateway_fallback', 's'), ('resolve_provider', 's'),
+    ('check_rate_limit', 'v'), ('rate_limit', 'v'), ('rate_limit_peek', 'v'), ('rate_limit_all', 'v'), ('reset_rate_limit', 'v'), ('reset_server_rate_limit', 'v')$$,
     'functions that only read are STABLE; those that write, wait or draw a random IV are VOLATILE');
 
 -- ── Rules for every object, future ones included ──

@@ -1,0 +1,149 @@
+//! Exemptions and overrides: kept by each session, and read again when somebody has changed them. Where there are none,
+//! a call costs a look at a counter.
+
+use crate::domain::rate::SECOND;
+use crate::pg::error::{ErrorReport, Kind, error};
+use crate::pg::shmem::rates::Rates;
+use crate::pg::{identity, snapshot};
+use pgrx::prelude::*;
+use pgrx::spi::SpiError;
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
+
+/// How long they are good for at most: of changes on a standby's primary, and by prepared transactions, nobody is told.
+const TIME: u64 = 10 * SECOND;
+
+/// What is said of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    None,
+    /// No limit is for it.
+    Exempt,
+    /// This limit instead of the caller's.
+    Limit(i32),
+}
+
+#[derive(Default)]
+struct Rules {
+    exempt: HashSet<String>,
+    exempt_users: HashSet<[u8; 16]>,
+    texts: HashMap<String, i32>,
+    servers: HashMap<String, i32>,
+    users: HashMap<[u8; 16], i32>,
+    pairs: HashMap<String, HashMap<[u8; 16], i32>>,
+}
+
+#[derive(Clone, Copy)]
+struct Loaded {
+    version: u64,
+    at: u64,
+    any: bool,
+}
+
+thread_local! {
+    static LOADED: Cell<Option<Loaded>> = const { Cell::new(None) };
+    static RULES: RefCell<Rules> = RefCell::default();
+}
+
+/// What is said of calls of a user to a server: an exemption of either, else the override of both, of the user, of the
+/// server.
+pub fn of_server(table: Option<Rates>, server: &str, user: Option<&[u8; 16]>, now: u64) -> Result<Rule, ErrorReport> {
+    if !refresh(table, now)? {
+        return Ok(Rule::None);
+    }
+    Ok(RULES.with_borrow(|rules| {
+        if rules.exempt.contains(server) || user.is_some_and(|user| rules.exempt_users.contains(user)) {
+            return Rule::Exempt;
+        }
+        let of_user = user.and_then(|user| {
+            let pair = rules.pairs.get(server).and_then(|users| users.get(user));
+            pair.or_else(|| rules.users.get(user))
+        });
+        of_user.or_else(|| rules.servers.get(server)).map_or(Rule::None, |limit| Rule::Limit(*limit))
+    }))
+}
+
+/// What is said of a text.
+pub fn of_text(table: Option<Rates>, text: &str, now: u64) -> Result<Rule, ErrorReport> {
+    if !refresh(table, now)? {
+        return Ok(Rule::None);
+    }
+    Ok(RULES.with_borrow(|rules| {
+        if rules.exempt.contains(text) {
+            return Rule::Exempt;
+        }
+        rules.texts.get(text).map_or(Rule::None, |limit| Rule::Limit(*limit))
+    }))
+}
+
+/// Reads them again if they may have changed, and tells whether there are any.
+fn refresh(table: Option<Rates>, now: u64) -> Result<bool, ErrorReport> {
+    // Looked at before reading: what changes meanwhile is read the next time.
+    let version = table.map_or(0, |table| table.rules());
+    if let Some(loaded) = LOADED.get()
+        && loaded.version == version
+        && version != 0
+        && (loaded.at..loaded.at.saturating_add(TIME)).contains(&now)
+    {
+        return Ok(loaded.any);
+    }
+    LOADED.set(None);
+    let rules = read().map_err(|problem| {
+        error(Kind::Internal, format!("could not read the exemptions and overrides of rate limits: {problem}"))
+    })?;
+    let any = rules.any();
+    RULES.set(rules);
+    LOADED.set(Some(Loaded { version, at: now, any }));
+    Ok(any)
+}
+
+fn read() -> Result<Rules, SpiError> {
+    let read = || {
+        Spi::connect(|client| {
+            let mut rules = Rules::default();
+            let rows = client.select(
+                "SELECT is_exempt, identifier, server_id, user_id, request_limit FROM _nexus_hub.rate_limit_rules()",
+                None,
+                &[],
+            )?;
+            for row in rows {
+                let is_exempt = row.get::<bool>(1)?.unwrap_or_default();
+                let user = row.get::<pgrx::Uuid>(4)?.map(|user| *user.as_bytes());
+                rules.add(is_exempt, row.get(2)?, row.get(3)?, user, row.get(5)?.unwrap_or_default());
+            }
+            Ok(rules)
+        })
+    };
+    // What is committed by now, also for a transaction that goes by an older snapshot.
+    identity::as_superuser(|| snapshot::with_latest(read))
+}
+
+impl Rules {
+    fn any(&self) -> bool {
+        let Self { exempt, exempt_users, texts, servers, users, pairs } = self;
+        let exemptions = exempt.len() + exempt_users.len();
+        exemptions + texts.len() + servers.len() + users.len() + pairs.len() > 0
+    }
+
+    fn add(
+        &mut self,
+        is_exempt: bool,
+        text: Option<String>,
+        server: Option<String>,
+        user: Option<[u8; 16]>,
+        limit: i32,
+    ) {
+        match (is_exempt, text, server, user) {
+            (true, Some(text), ..) => {
+                // In whatever way the user's id is written.
+                self.exempt_users.extend(uuid::Uuid::try_parse(&text).ok().map(uuid::Uuid::into_bytes));
+                self.exempt.insert(text);
+            }
+            (false, Some(text), ..) => _ = self.texts.insert(text, limit),
+            (_, None, Some(server), Some(user)) => _ = self.pairs.entry(server).or_default().insert(user, limit),
+            (_, None, Some(server), None) => _ = self.servers.insert(server, limit),
+            (_, None, None, Some(user)) => _ = self.users.insert(user, limit),
+            (_, None, None, None) => {}
+        }
+    }
+}
