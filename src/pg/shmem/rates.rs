@@ -272,10 +272,14 @@ impl Rates {
     /// Counts a call in the running minute and tells whether it is within the limit; with `only_allowed` others are not
     /// counted. `None`: the table is full.
     pub fn count(&self, key: &Key, now: u64, limit: i32, only_allowed: bool) -> Option<bool> {
-        let clock = minute::of(now);
         let allowed = self.with(key, now, |slot| {
+            let mut clock = minute::of(now);
             let mut state = slot.state.load(Relaxed);
             loop {
+                if minute::parts(state).0 > clock {
+                    // Perhaps this process was held up since it looked at the clock.
+                    clock = minute::of(self::now());
+                }
                 let step = if only_allowed { minute::take } else { minute::count }(state, clock, limit);
                 match slot.state.compare_exchange_weak(state, step.state, SeqCst, Relaxed) {
                     Ok(_) => {
@@ -336,6 +340,7 @@ impl Rates {
             }
             // Always in the same order, so that nobody waits in a circle.
             held.extend(partitions.iter().map(|partition| self.0.partitions[*partition].exclude()));
+            let now = self::now();
             let missing = charges.iter().filter(|charge| self.find(&charge.key).is_none()).count();
             if missing <= spares.len() || is_full {
                 let mut room = spares.len();
@@ -443,9 +448,15 @@ impl Slot {
     }
 
     fn charge(&self, now: u64, policy: Policy, cost: u32) -> Answer {
+        let mut now = now;
         let mut state = self.state.load(SeqCst);
         loop {
-            let answer = policy.judge(valid_state(state, self.second.load(SeqCst), now), now, cost);
+            let charged_at = self.second.load(SeqCst);
+            if charged_at > now {
+                // Perhaps this process was held up since it looked at the clock.
+                now = self::now();
+            }
+            let answer = policy.judge(valid_state(state, charged_at, now), now, cost);
             if !answer.allowed {
                 return answer;
             }
