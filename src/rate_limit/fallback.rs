@@ -102,7 +102,7 @@ fn begin() -> Result<(), ErrorReport> {
     }
     let calls = CALLS.get().wrapping_add(1);
     CALLS.set(calls);
-    if calls % TIDY_INTERVAL == 0 {
+    if calls.is_multiple_of(TIDY_INTERVAL) {
         run("SELECT _nexus_hub.tidy_rate_limits($1) > 0", &[super::tracking::retention().into()])?;
     }
     Ok(())
