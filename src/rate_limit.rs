@@ -8,7 +8,7 @@ mod tracking;
 
 pub use tracking::Recorder;
 
-use crate::domain::rate::{SECOND, minute};
+use crate::domain::rate::SECOND;
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::limit_row::LimitRow;
 use crate::pg::shmem::rates::{self, MAX_POLICIES, Rates};
@@ -16,26 +16,6 @@ use crate::pg::{guc, xact};
 use answer::{Request, row};
 use pgrx::prelude::*;
 use rules::Rule;
-use std::time::Duration;
-
-/// Whether a call may be made now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Admission {
-    Now,
-    /// Not before the next window, which begins in this time.
-    In(Duration),
-}
-
-/// Asks for a call of a user to a server, and counts it if it may be made. What has to wait is not counted. Call it in a
-/// transaction.
-#[allow(dead_code, reason = "for the worker, which does not limit jobs yet")]
-pub fn admit(server: &str, user: Option<&[u8; 16]>, limit: i32) -> Result<Admission, ErrorReport> {
-    let now = rates::now();
-    if count(server, user, limit, now, true)? {
-        return Ok(Admission::Now);
-    }
-    Ok(Admission::In(Duration::from_nanos(minute::end(minute::of(now)).saturating_sub(now))))
-}
 
 fn bad(message: impl Into<String>, hint: &str) -> ErrorReport {
     error(Kind::BadArgument, message).set_hint(hint)
@@ -48,7 +28,7 @@ fn check_rate_limit(server: Option<&str>, user: Option<pgrx::Uuid>, limit: Optio
     let limit = limit.ok_or_else(|| {
         bad("p_limit_per_minute is NULL", "Pass the number of calls that are allowed in a minute; 0 allows none.")
     })?;
-    count(server, user.as_ref().map(|user| user.as_bytes()), limit, rates::now(), false)
+    count(server, user.as_ref().map(|user| user.as_bytes()), limit, rates::now())
 }
 
 fn server_name(server: Option<&str>) -> Result<&str, ErrorReport> {
@@ -61,7 +41,7 @@ fn server_name(server: Option<&str>) -> Result<&str, ErrorReport> {
     })
 }
 
-fn count(server: &str, user: Option<&[u8; 16]>, limit: i32, now: u64, only_allowed: bool) -> Result<bool, ErrorReport> {
+fn count(server: &str, user: Option<&[u8; 16]>, limit: i32, now: u64) -> Result<bool, ErrorReport> {
     let table = rates::table();
     let limit = match rules::of_server(table, server, user, now)? {
         Rule::Exempt => {
@@ -73,7 +53,7 @@ fn count(server: &str, user: Option<&[u8; 16]>, limit: i32, now: u64, only_allow
     };
     let Some(table) = table else { return fallback::count(server, user, limit, now) };
     let key = table.server_key(server, user);
-    Ok(table.count(&key, now, limit, only_allowed).unwrap_or_else(|| {
+    Ok(table.count(&key, now, limit).unwrap_or_else(|| {
         if limit > 0 {
             return admit_when_full(table, now);
         }

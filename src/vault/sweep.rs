@@ -109,7 +109,8 @@ fn walk(
     })
 }
 
-/// Encrypts the values of a range of blocks anew under the ring's first key. `unopened` is told of each value that no key opens, and why.
+/// Encrypts the values of a range of blocks anew under the ring's first key. `unopened` is told of each value
+/// that no key opens, and why.
 pub fn reseal(
     leaf: &Leaf,
     blocks: Range<i64>,

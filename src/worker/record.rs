@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 /// How long the first entry waits for others.
 const GATHER_TIME: Duration = Duration::from_millis(250);
+/// Polls after which old entries and worn keys are looked for: an idle database has no transaction for it at each.
+const POLLS_TO_TIDY: u32 = 6;
 /// Entries that are written in one transaction.
 const BATCH: usize = 1000;
 /// How long to wait after a failure.
@@ -20,8 +22,10 @@ const FAILURES_TOLD: u32 = 5;
 pub struct Records {
     /// Entries of the audit that wait.
     due: Option<Instant>,
-    /// The rest: numbers, old entries, worn keys.
+    /// Numbers of encrypted values.
     next_poll: Instant,
+    /// Old entries, and worn keys.
+    next_tidy: Instant,
     /// After a failure.
     not_before: Option<Instant>,
     /// Of them, in a row.
@@ -33,7 +37,7 @@ pub struct Records {
 impl Records {
     pub fn new(now: Instant) -> Self {
         // At once: entries may be waiting since before this worker was there.
-        Self { due: None, next_poll: now, not_before: None, failures: 0, told: None }
+        Self { due: None, next_poll: now, next_tidy: now, not_before: None, failures: 0, told: None }
     }
 }
 
@@ -41,7 +45,8 @@ impl Records {
 struct Found {
     written: Vec<(shmem::tally::What, u64)>,
     has_more_to_prune: bool,
-    worn: Option<String>,
+    /// Where it was looked for.
+    worn: Option<Option<String>>,
 }
 
 impl Worker {
@@ -86,7 +91,13 @@ impl Worker {
         let is_full = slots.len() == BATCH;
         self.records.due = is_full.then_some(now);
         self.records.not_before = None;
-        if !is_poll && events.is_empty() && lost == 0 {
+        let is_sealed = |(what, _): &(_, _)| matches!(what, shmem::tally::What::Sealed(_));
+        let counts = is_poll && shmem::tally::of(database).iter().any(is_sealed);
+        let tidies = counts || (is_poll && now >= self.records.next_tidy);
+        if !tidies && events.is_empty() && lost == 0 {
+            if is_poll {
+                self.records.next_poll = now + self.settings.poll_interval;
+            }
             return true;
         }
         let work = || {
@@ -94,10 +105,12 @@ impl Worker {
                 audit::write(&events, lost)?;
             }
             let mut found = Found { written: Vec::new(), has_more_to_prune: false, worn: None };
-            if is_poll {
+            if counts {
                 found.written = vault::write_wear(database)?;
+            }
+            if tidies {
                 found.has_more_to_prune = audit::prune(retention)?;
-                found.worn = vault::worn()?;
+                found.worn = Some(vault::worn()?);
             }
             Ok::<_, pgrx::spi::SpiError>(found)
         };
@@ -117,7 +130,12 @@ impl Worker {
                 if is_poll {
                     let time = if found.has_more_to_prune { Duration::ZERO } else { self.settings.poll_interval };
                     self.records.next_poll = now + time;
-                    self.tell_of_worn_key(found.worn);
+                }
+                if tidies && !found.has_more_to_prune {
+                    self.records.next_tidy = now + self.settings.poll_interval * POLLS_TO_TIDY;
+                }
+                if let Some(worn) = found.worn {
+                    self.tell_of_worn_key(worn);
                 }
                 return true;
             }

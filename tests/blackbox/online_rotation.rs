@@ -28,7 +28,14 @@ fn wait_for_end(client: &mut Client) {
     wait_until("the rotation is over", || state(client) == "done" && process(client).is_none());
 }
 
-/// A few values, each in a block of its own.
+/// A database with a few values, each in a block of its own.
+fn notes(cluster: &Cluster) -> (Database<'_>, Client) {
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_few(&mut client);
+    (database, client)
+}
+
 fn add_few(client: &mut Client) {
     client
         .batch_execute(
@@ -223,9 +230,7 @@ fn waits_for_process(client: &mut Client, other: &mut Client) -> bool {
 #[test]
 fn what_a_transaction_of_before_commits_under_the_old_key_is_waited_for_and_encrypted_anew() {
     let cluster = Cluster::start(&[QUICK, "max_prepared_transactions = 2"]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     let mut late = database.connect();
     late.batch_execute(
         "SET track_activities = off; BEGIN; INSERT INTO notes SELECT 1000, encrypt_token('late', '1000')",
@@ -247,9 +252,7 @@ fn what_a_transaction_of_before_commits_under_the_old_key_is_waited_for_and_encr
 #[test]
 fn a_row_that_a_session_keeps_locked_holds_up_nothing_but_the_end() {
     let cluster = Cluster::start(&[QUICK]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     start(&mut client);
     wait_for_end(&mut client);
@@ -273,9 +276,7 @@ fn a_row_that_a_session_keeps_locked_holds_up_nothing_but_the_end() {
 fn a_key_that_is_put_on_top_in_the_middle_of_it_becomes_the_one() {
     const NEWER_KEY: &str = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0";
     let cluster = Cluster::start(&[SLOW]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (_database, mut client) = notes(&cluster);
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     start(&mut client);
     wait_until("a part is done", || value::<i64>(&mut client, "SELECT resealed FROM vault_rotation") > 0);
@@ -293,9 +294,7 @@ fn a_key_that_is_put_on_top_in_the_middle_of_it_becomes_the_one() {
 #[test]
 fn schema_changes_and_drops_do_not_wait_for_it() {
     let cluster = Cluster::start(&[SLOW]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     start(&mut client);
     wait_until("it is at work", || process(&mut client).is_some());
@@ -315,9 +314,7 @@ fn schema_changes_and_drops_do_not_wait_for_it() {
 #[test]
 fn a_check_lets_go_of_its_tables_for_whoever_wants_to_change_them() {
     let cluster = Cluster::start(&[QUICK]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     client
         .batch_execute(
             "CREATE TABLE slow ();
@@ -357,9 +354,7 @@ fn without_preloading_it_says_so() {
 #[test]
 fn a_key_that_was_on_top_for_a_moment_is_noticed_though_the_sweep_is_over() {
     let cluster = Cluster::start(&[QUICK]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     let mut early = database.connect();
     early.batch_execute("BEGIN; SELECT now()").expect("BEGIN");
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
@@ -382,9 +377,7 @@ fn a_key_that_was_on_top_for_a_moment_is_noticed_though_the_sweep_is_over() {
 #[test]
 fn a_key_that_is_missing_in_the_middle_of_it_is_waited_for_and_what_is_said_of_old_keys_is_of_now() {
     let cluster = Cluster::start(&[QUICK]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     let mut late = database.connect();
     late.batch_execute("BEGIN; SELECT now()").expect("BEGIN");
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
@@ -435,9 +428,7 @@ fn what_a_columns_context_does_not_open_keeps_the_old_keys() {
 #[test]
 fn the_rotation_in_one_transaction_waits_for_rows_that_a_session_keeps_locked() {
     let cluster = Cluster::start(&[]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     let mut locking = database.connect();
     locking.batch_execute("BEGIN; SELECT FROM notes WHERE id <= 5 FOR UPDATE").expect("lock");
@@ -455,9 +446,7 @@ fn the_rotation_in_one_transaction_waits_for_rows_that_a_session_keeps_locked() 
 #[test]
 fn a_table_that_is_locked_for_long_is_waited_for() {
     let cluster = Cluster::start(&[QUICK]);
-    let database = cluster.database();
-    let mut client = database.connect();
-    add_few(&mut client);
+    let (database, mut client) = notes(&cluster);
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     let mut locking = database.connect();
     locking.batch_execute("BEGIN; LOCK TABLE notes IN SHARE MODE").expect("lock");

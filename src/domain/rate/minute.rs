@@ -67,9 +67,3 @@ pub fn count(state: u64, clock: u32, limit: i32) -> Step {
     let allowed = i64::from(limit) >= calls as i64 && calls < COUNT;
     Step { state: u64::from(minute) << 32 | calls, allowed, closed }
 }
-
-/// Counts a call only if it is allowed.
-pub fn take(state: u64, clock: u32, limit: i32) -> Step {
-    let step = count(state, clock, limit);
-    if step.allowed { step } else { Step { state, closed: None, ..step } }
-}

@@ -139,16 +139,6 @@ fn the_next_minute_begins_at_one_and_hands_over_the_last() {
 }
 
 #[test]
-fn taking_counts_only_what_is_allowed() {
-    let first = minute::take(0, 1000, 1);
-    let second = minute::take(first.state, 1000, 1);
-    assert!(first.allowed && !second.allowed);
-    assert_eq!(second.state, first.state);
-    assert_eq!(minute::take(second.state, 1001, 0).closed, None, "nothing is handed over where nothing is stored");
-    assert_eq!(minute::take(second.state, 1001, 1).closed, Some(first.state));
-}
-
-#[test]
 fn a_count_stays_at_its_highest() {
     let highest = (1000u64 << 32) | 0x7fff_fffe;
     let step = minute::count(highest, 1000, i32::MAX);

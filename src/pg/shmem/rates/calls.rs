@@ -32,9 +32,9 @@ impl Rates {
         spare.map(|index| work(self.link(index, key)))
     }
 
-    /// Counts a call in the running minute and tells whether it is within the limit; with `only_allowed` others are not
-    /// counted. `None`: the table is full.
-    pub fn count(&self, key: &Key, now: u64, limit: i32, only_allowed: bool) -> Option<bool> {
+    /// Counts a call in the running minute and tells whether it is within the limit. `None`: the table is
+    /// full.
+    pub fn count(&self, key: &Key, now: u64, limit: i32) -> Option<bool> {
         let allowed = self.with(key, now, |slot| {
             let mut clock = minute::of(now);
             let mut state = slot.state.load(Relaxed);
@@ -43,7 +43,7 @@ impl Rates {
                     // Perhaps this process was held up since it looked at the clock.
                     clock = minute::of(super::now());
                 }
-                let step = if only_allowed { minute::take } else { minute::count }(state, clock, limit);
+                let step = minute::count(state, clock, limit);
                 match slot.state.compare_exchange_weak(state, step.state, SeqCst, Relaxed) {
                     Ok(_) => {
                         if let Some(closed) = step.closed
