@@ -113,6 +113,9 @@ BEGIN
             @extschema@.rate_limit_all(text[], integer[], integer[], integer[], integer[]),
             @extschema@.reset_rate_limit(text),
             @extschema@.reset_server_rate_limit(text, uuid),
+            @extschema@.enforce_rate_limits(text[], text[], integer[], integer[], integer[], integer[]),
+            _nexus_hub.limit_request(text[], text[], integer[], integer[], integer[], integer[]),
+            _nexus_hub.answer_request(boolean, text, text, bigint, text),
             _nexus_hub.rate_limit_minutes(),
             _nexus_hub.rate_limit_statistics()
             TO service_role;

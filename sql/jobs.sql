@@ -555,10 +555,11 @@ END;
 COMMENT ON FUNCTION _nexus_hub.next_due() IS 'Seconds until the next pending job is due that is not due yet; NULL when there is none.';
 
 CREATE FUNCTION _nexus_hub.read_servers(p_user_ids uuid[], p_server_ids text[])
-RETURNS TABLE (lane integer, user_config bytea, user_enabled boolean, system_config text, system_enabled boolean)
+RETURNS TABLE (lane integer, user_config bytea, user_enabled boolean, user_rate_limit integer,
+               system_config text, system_enabled boolean, system_rate_limit integer)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-    SELECT l.lane::integer, u.config_encrypted, u.enabled, s.config::text, s.enabled
+    SELECT l.lane::integer, u.config_encrypted, u.enabled, u.rate_limit_per_minute, s.config::text, s.enabled, s.rate_limit_per_minute
       FROM unnest(p_user_ids, p_server_ids) WITH ORDINALITY AS l (user_id, server_id, lane)
       LEFT JOIN @extschema@.user_servers u ON u.user_id = l.user_id AND u.server_id = l.server_id
       LEFT JOIN @extschema@.system_servers s ON s.id = l.server_id;

@@ -34,6 +34,7 @@ extension_sql_file!("../sql/keys.sql", name = "keys", requires = ["columns"]);
 extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["columns"]);
 extension_sql_file!("../sql/online_rotation.sql", name = "online_rotation", requires = ["rotation"]);
 extension_sql_file!("../sql/rate_limit.sql", name = "rate_limit", requires = ["byok"]);
+extension_sql_file!("../sql/request_limit.sql", name = "request_limit", requires = ["rate_limit"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

@@ -3,6 +3,8 @@
 
 mod answer;
 mod fallback;
+pub mod jobs;
+mod requests;
 mod rules;
 mod tracking;
 
@@ -11,7 +13,7 @@ pub use tracking::Recorder;
 use crate::domain::rate::SECOND;
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::limit_row::LimitRow;
-use crate::pg::shmem::rates::{self, MAX_POLICIES, Rates};
+use crate::pg::shmem::rates::{self, Rates};
 use crate::pg::{guc, xact};
 use answer::{Request, row};
 use pgrx::prelude::*;
@@ -43,7 +45,7 @@ fn server_name(server: Option<&str>) -> Result<&str, ErrorReport> {
 
 fn count(server: &str, user: Option<&[u8; 16]>, limit: i32, now: u64) -> Result<bool, ErrorReport> {
     let table = rates::table();
-    let limit = match rules::of_server(table, server, user, now)? {
+    let limit = match rules::of_server(table, server, user, now).map_err(rules::unreadable)? {
         Rule::Exempt => {
             note_exempt(table);
             return Ok(true);
@@ -108,7 +110,7 @@ fn rate_limit_peek(
 
 fn limited(request: &Request<'_>, charge: bool) -> Result<LimitRow, ErrorReport> {
     let (now, table) = (rates::now(), rates::table());
-    let (limit, policy) = match rules::of_text(table, request.key, now)? {
+    let (limit, policy) = match rules::of_text(table, request.key, now).map_err(rules::unreadable)? {
         Rule::Exempt => {
             note_exempt(table.filter(|_| charge));
             return Ok(request.exempt());
@@ -158,13 +160,7 @@ fn rate_limit_all(
     >,
     ErrorReport,
 > {
-    let keys = keys.ok_or_else(|| bad("p_keys is NULL", "Pass the keys as an array, one for each policy."))?;
-    if keys.len() > MAX_POLICIES {
-        return Err(error(
-            Kind::TooLarge,
-            format!("p_keys has {} keys, and at most {MAX_POLICIES} are allowed", keys.len()),
-        ));
-    }
+    let keys = answer::keys(keys)?;
     let requests = answer::requests(&keys, limits, windows, costs, bursts)?;
     let rows = limited_together(&requests)?;
     let rows: Vec<_> = requests
@@ -182,7 +178,7 @@ fn limited_together(requests: &[Request<'_>]) -> Result<Vec<LimitRow>, ErrorRepo
     // Of those that something is to be charged to, where they stand in the answer.
     let (mut rows, mut charges) = (Vec::with_capacity(requests.len()), Vec::new());
     for (place, request) in requests.iter().enumerate() {
-        let limit = match rules::of_text(table, request.key, now)? {
+        let limit = match rules::of_text(table, request.key, now).map_err(rules::unreadable)? {
             Rule::Exempt => {
                 note_exempt(table);
                 rows.push(request.exempt());
@@ -256,7 +252,11 @@ fn reset_server_rate_limit(server: Option<&str>, user: Option<pgrx::Uuid>) -> Re
     let user = user.as_ref().map(|user| user.as_bytes());
     let now = rates::now();
     match rates::table() {
-        Some(table) => Ok(table.forget_minute(&table.server_key(server, user), now)),
+        Some(table) => {
+            let found = table.forget_minute(&table.server_key(server, user), now);
+            jobs::may_go_on();
+            Ok(found)
+        }
         None => fallback::forget_minute(server, user, now),
     }
 }

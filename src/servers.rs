@@ -99,6 +99,8 @@ pub struct ServerRow {
     pub user_enabled: Option<bool>,
     pub system_config: Option<String>,
     pub system_enabled: Option<bool>,
+    pub user_rate_limit: Option<i32>,
+    pub system_rate_limit: Option<i32>,
     /// What the config says, for all jobs of a batch that go there.
     pub endpoint: OnceCell<Result<Endpoint, String>>,
 }
@@ -107,6 +109,11 @@ impl ServerRow {
     /// Whether the server is the user's own.
     pub fn is_users_own(&self) -> bool {
         self.user_enabled == Some(true)
+    }
+
+    /// Requests a minute that its row allows a user's jobs; `None`: any number.
+    pub fn rate_limit(&self) -> Option<i32> {
+        if self.is_users_own() { self.user_rate_limit } else { self.system_rate_limit }
     }
 
     /// The server that jobs with this server id go to, its placeholders not filled in. The error is for the job's row.

@@ -3,6 +3,7 @@
 //! Two kinds: a count per clock minute ([`minute`]), and the generic cell rate algorithm ([`Policy`]), as ITU-T I.371
 //! defines it and redis-cell answers it.
 
+pub mod fields;
 pub mod key;
 pub mod minute;
 #[cfg(test)]

@@ -8,16 +8,19 @@
 mod cursor;
 mod hosts;
 mod places;
+mod rest;
 mod table;
 
 pub use cursor::{Position, Read, ReadKind, Row};
 pub use hosts::{BreakerState, Reach};
 pub use places::Counted;
+pub use rest::Meter;
 
 use super::breaker::{Breaker, Pass, Rules};
 use cursor::Cursor;
 use hosts::Host;
 use places::{Gate, Parked, Place, Server, User};
+use rest::Resting;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 use std::time::Instant;
@@ -61,6 +64,8 @@ pub struct Route {
     pub host: String,
     /// The server, and how many requests it may have in flight.
     pub server: Option<(String, usize)>,
+    /// Requests that the lane may make in a window; `None`: any number.
+    pub rate_limit: Option<i32>,
 }
 
 /// A job that waits.
@@ -83,6 +88,9 @@ struct Lane {
     user: Option<usize>,
     host: Option<usize>,
     server: Option<usize>,
+    rate_limit: Option<i32>,
+    /// It has used up its rate limit.
+    rests: bool,
 }
 
 impl Lane {
@@ -99,6 +107,8 @@ pub struct Pick {
     pub lane: LaneId,
     pub counted: Counted,
     pub priority: usize,
+    /// The window of its lane's rate limit that it was counted in.
+    pub window: Option<u32>,
     /// `Some`: it is not to be sent, but shares the failure of its host's probe.
     pub failure: Option<Rc<str>>,
 }
@@ -117,6 +127,8 @@ pub struct Schedule {
     users: Table<u128, User>,
     hosts: Table<String, Host>,
     servers: Table<String, Server>,
+    meter: Box<dyn Meter>,
+    resting: Resting,
     /// Jobs that wait for their claim because their host's probe failed.
     doomed: VecDeque<Pick>,
     /// Every job in this memory that is not claimed yet.
@@ -138,7 +150,7 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    pub fn new(caps: Caps, rules: Rules) -> Self {
+    pub fn new(caps: Caps, rules: Rules, meter: Box<dyn Meter>) -> Self {
         Self {
             caps,
             rules,
@@ -151,6 +163,8 @@ impl Schedule {
             users: Table::default(),
             hosts: Table::default(),
             servers: Table::default(),
+            meter,
+            resting: Resting::default(),
             doomed: VecDeque::new(),
             known: HashSet::new(),
             in_flight: 0,
@@ -210,6 +224,7 @@ impl Schedule {
         });
         // Whatever it waited for there.
         self.unpark_around(id);
+        self.limit_rate(id, route.and_then(|route| route.rate_limit));
         let Some(lane) = self.lanes.get_mut(id).and_then(Option::as_mut) else { return };
         lane.is_routed = true;
         // What is in flight counts where it was sent.
@@ -230,6 +245,9 @@ impl Schedule {
             picks.push(pick);
         }
         self.share_anew();
+        if self.window_at().is_some_and(|at| now >= at) {
+            self.end_rest();
+        }
         let due: Vec<_> =
             self.tripped.iter().copied().filter(|host| self.hosts[*host].breaker.pass(now) == Pass::One).collect();
         due.into_iter().for_each(|host| self.unpark(Place::Host(host), 1));
@@ -238,7 +256,7 @@ impl Schedule {
             while picks.len() < limit && bytes < MAX_CLAIM_BYTES && self.in_flight < self.caps.total {
                 let Some(id) = self.turns[priority].pop_front() else { break };
                 let gate = self.gate(id, now);
-                let Some(lane) = self.lane(id) else { continue };
+                let Some(lane) = self.lanes.get_mut(id).and_then(Option::as_mut) else { continue };
                 if lane.waiting[priority].is_empty() {
                     lane.in_turn[priority] = false;
                     continue;
@@ -257,6 +275,16 @@ impl Schedule {
                     }
                     Gate::Open | Gate::Probe => {}
                 }
+                let window = match lane.rate_limit.map(|limit| self.meter.charge(&lane.key, limit)).transpose() {
+                    Ok(window) => window,
+                    Err(time) => {
+                        let host = lane.host.filter(|_| matches!(gate, Gate::Probe));
+                        self.rest(id, priority, now + time);
+                        // The probe may be another lane's.
+                        host.into_iter().for_each(|host| self.unpark(Place::Host(host), 1));
+                        continue;
+                    }
+                };
                 let Some(Waiting { position, bytes: size }) = lane.waiting[priority].pop_front() else { continue };
                 let counted = Counted { user: lane.user, server: lane.server, host: lane.host };
                 bytes += size;
@@ -266,7 +294,7 @@ impl Schedule {
                     self.probe(host, position.id);
                 }
                 self.look_for_more(id, priority);
-                picks.push(Pick { position, bytes: size, lane: id, counted, priority, failure: None });
+                picks.push(Pick { position, bytes: size, lane: id, counted, priority, window, failure: None });
             }
             self.turns[priority].append(&mut unrouted);
         }
@@ -294,11 +322,19 @@ impl Schedule {
                 self.doomed.push_front(pick);
                 continue;
             }
-            self.finished(pick.lane, pick.counted, pick.position.id, &Reach::Unknown, now);
+            self.not_sent(&pick, now);
             if let Some(lane) = self.lane(pick.lane) {
                 lane.waiting[pick.priority].push_front(Waiting { position: pick.position, bytes: pick.bytes });
                 self.take_turns(pick.lane, pick.priority);
             }
+        }
+    }
+
+    /// A job that was picked was not sent: neither its place nor its lane's rate limit is used up.
+    pub fn not_sent(&mut self, pick: &Pick, now: Instant) {
+        self.finished(pick.lane, pick.counted, pick.position.id, &Reach::Unknown, now);
+        if let (Some(window), Some(lane)) = (pick.window, self.lanes.get(pick.lane).and_then(Option::as_ref)) {
+            self.meter.refund(&lane.key, window);
         }
     }
 
@@ -345,7 +381,7 @@ impl Schedule {
         self.strained.retain(|place| match place {
             Place::User(user) => users.is_used(*user),
             Place::Host(host) => hosts.is_used(*host),
-            Place::Server(_) => false,
+            Place::Server(_) | Place::Window => false,
         });
     }
 }

@@ -86,8 +86,10 @@ fn server(row: &SpiHeapTupleData<'_>, first: usize) -> Result<ServerRow, SpiErro
     Ok(ServerRow {
         user_config: row.get(first)?,
         user_enabled: row.get(first + 1)?,
-        system_config: row.get(first + 2)?,
-        system_enabled: row.get(first + 3)?,
+        user_rate_limit: row.get(first + 2)?,
+        system_config: row.get(first + 3)?,
+        system_enabled: row.get(first + 4)?,
+        system_rate_limit: row.get(first + 5)?,
         ..ServerRow::default()
     })
 }
@@ -115,7 +117,8 @@ impl Queue {
                 )?,
                 next_due: prepare("SELECT seconds FROM _nexus_hub.next_due()", &[])?,
                 servers: prepare(
-                    "SELECT lane, user_config, user_enabled, system_config, system_enabled FROM _nexus_hub.read_servers($1, $2)",
+                    "SELECT lane, user_config, user_enabled, user_rate_limit, system_config, system_enabled, system_rate_limit
+                       FROM _nexus_hub.read_servers($1, $2)",
                     &[Oids::UUIDARRAYOID, Oids::TEXTARRAYOID],
                 )?,
                 secrets: prepare(

@@ -62,9 +62,9 @@ pub fn have_worker_poll_at_commit() {
 }
 
 /// Has every session read the exemptions and overrides of rate limits again when the running transaction ends, in
-/// whatever way: this one may have read its own.
+/// whatever way: this one may have read its own. The worker does so at its commit.
 pub fn rate_rules_change() {
-    at_commit(RATE_RULES);
+    at_commit(RATE_RULES | NUDGE | POLL);
 }
 
 /// Has `forget` called when the running transaction ends, in whatever way. One at a time.

@@ -2,8 +2,9 @@
 
 use super::{bad, seconds};
 use crate::domain::rate::{Answer, Policy, SECOND};
-use crate::pg::error::ErrorReport;
+use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::limit_row::LimitRow;
+use crate::pg::shmem::rates::MAX_POLICIES;
 
 const KEY_HINT: &str = "Pass what is limited, such as 'user:42' or 'user:42 POST /orders'.";
 
@@ -103,6 +104,16 @@ pub fn row(limit: i32, answer: Answer) -> LimitRow {
         retry_after: answer.retry_after.map(seconds),
         reset: seconds(answer.reset),
     }
+}
+
+/// Keys of several policies.
+pub fn keys(keys: Option<Vec<Option<String>>>) -> Result<Vec<Option<String>>, ErrorReport> {
+    let keys = keys.ok_or_else(|| bad("p_keys is NULL", "Pass the keys as an array, one for each policy."))?;
+    if keys.len() > MAX_POLICIES {
+        let message = format!("p_keys has {} keys, and at most {MAX_POLICIES} are allowed", keys.len());
+        return Err(error(Kind::TooLarge, message));
+    }
+    Ok(keys)
 }
 
 /// One request for each key. Arrays that are left out stand for their function's defaults; no key and window twice.

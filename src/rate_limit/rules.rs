@@ -45,9 +45,14 @@ thread_local! {
     static RULES: RefCell<Rules> = RefCell::default();
 }
 
+/// They could not be read.
+pub fn unreadable(problem: SpiError) -> ErrorReport {
+    error(Kind::Internal, format!("could not read the exemptions and overrides of rate limits: {problem}"))
+}
+
 /// What is said of calls of a user to a server: an exemption of either, else the override of both, of the user, of the
 /// server.
-pub fn of_server(table: Option<Rates>, server: &str, user: Option<&[u8; 16]>, now: u64) -> Result<Rule, ErrorReport> {
+pub fn of_server(table: Option<Rates>, server: &str, user: Option<&[u8; 16]>, now: u64) -> Result<Rule, SpiError> {
     if !refresh(table, now)? {
         return Ok(Rule::None);
     }
@@ -64,7 +69,7 @@ pub fn of_server(table: Option<Rates>, server: &str, user: Option<&[u8; 16]>, no
 }
 
 /// What is said of a text.
-pub fn of_text(table: Option<Rates>, text: &str, now: u64) -> Result<Rule, ErrorReport> {
+pub fn of_text(table: Option<Rates>, text: &str, now: u64) -> Result<Rule, SpiError> {
     if !refresh(table, now)? {
         return Ok(Rule::None);
     }
@@ -77,7 +82,7 @@ pub fn of_text(table: Option<Rates>, text: &str, now: u64) -> Result<Rule, Error
 }
 
 /// Reads them again if they may have changed, and tells whether there are any.
-fn refresh(table: Option<Rates>, now: u64) -> Result<bool, ErrorReport> {
+fn refresh(table: Option<Rates>, now: u64) -> Result<bool, SpiError> {
     // Looked at before reading: what changes meanwhile is read the next time.
     let version = table.map_or(0, |table| table.rules());
     if let Some(loaded) = LOADED.get()
@@ -88,9 +93,7 @@ fn refresh(table: Option<Rates>, now: u64) -> Result<bool, ErrorReport> {
         return Ok(loaded.any);
     }
     LOADED.set(None);
-    let rules = read().map_err(|problem| {
-        error(Kind::Internal, format!("could not read the exemptions and overrides of rate limits: {problem}"))
-    })?;
+    let rules = read()?;
     let any = rules.any();
     RULES.set(rules);
     LOADED.set(Some(Loaded { version, at: now, any }));

@@ -1,6 +1,7 @@
 //! What the worker takes from the table: reads, in small pieces, and picks, which are then claimed.
 
 use super::assign::{self, Edge};
+use super::limits;
 use crate::domain::schedule::{LaneId, LaneKey, Pick, ReadKind, Schedule};
 use crate::jobs::queue::Queue;
 use pgrx::spi::SpiError;
@@ -163,7 +164,8 @@ pub fn route(
     let (ids, keys): (Vec<_>, Vec<_>) = lanes.into_iter().unzip();
     let servers = queue.servers(&keys)?;
     for ((lane, key), server) in ids.into_iter().zip(&keys).zip(&servers) {
-        schedule.route(lane, assign::route(key.user, &key.target, server).as_ref());
+        let rate_limit = limits::of_lane(key, server)?;
+        schedule.route(lane, assign::route(key.user, &key.target, server, rate_limit).as_ref());
     }
     Ok(())
 }

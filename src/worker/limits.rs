@@ -1,9 +1,35 @@
-//! The worker's part in rate limits: minutes that are over go from shared memory into the table.
+//! The worker's part in rate limits: jobs keep to them, and minutes that are over go from shared memory into the table.
 
 use super::run::Worker;
+use crate::domain::schedule::{LaneKey, Meter};
 use crate::pg::{catalog, transaction};
+use crate::rate_limit::jobs;
+use crate::servers::ServerRow;
 use pgrx::prelude::*;
-use std::time::Instant;
+use pgrx::spi::SpiError;
+use std::time::{Duration, Instant};
+
+/// Counts the requests of MCP jobs in shared memory.
+pub struct SharedMeter;
+
+fn user(lane: &LaneKey) -> Option<[u8; 16]> {
+    lane.user.map(u128::to_be_bytes)
+}
+
+impl Meter for SharedMeter {
+    fn charge(&mut self, lane: &LaneKey, limit: i32) -> Result<u32, Duration> {
+        jobs::charge(&lane.target, user(lane).as_ref(), limit)
+    }
+
+    fn refund(&mut self, lane: &LaneKey, window: u32) {
+        jobs::refund(&lane.target, user(lane).as_ref(), window);
+    }
+}
+
+/// The rate limit of a lane. Call it in a transaction.
+pub fn of_lane(lane: &LaneKey, server: &ServerRow) -> Result<Option<i32>, SpiError> {
+    jobs::limit(&lane.target, user(lane).as_ref(), server.rate_limit())
+}
 
 impl Worker {
     /// When [`Self::record_limits`] may have something to do.

@@ -207,7 +207,8 @@ impl Worker {
             // A probe that was due and not sent waits for a place.
             let probe = self.schedule.next_probe().filter(|at| *at > self.looked_at);
             let look = self.feed.look_for_due_at(self.in_flight.is_empty());
-            let jobs = [self.feed.next(&self.schedule), probe, look].into_iter().flatten().filter(|_| may_claim);
+            let jobs = [self.feed.next(&self.schedule), probe, look, self.schedule.window_at()];
+            let jobs = jobs.into_iter().flatten().filter(|_| may_claim);
             let drained = self.draining_since.map(|since| since + DRAIN_TIME);
             let next = jobs
                 .chain(self.backlog.look_again())

@@ -3,6 +3,7 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
+use super::limits::SharedMeter;
 use super::record::Records;
 use super::rotate;
 use super::run::{GONE, RESTART, Worker};
@@ -106,7 +107,7 @@ pub fn main(slot: usize) -> i32 {
         outdated: settings.workers != place.of,
         recorder: Recorder::new(now),
         draining_since: None,
-        schedule: Schedule::new(caps(&settings), rules(&settings)),
+        schedule: Schedule::new(caps(&settings), rules(&settings), Box::new(SharedMeter)),
         feed: Feed::new(now),
         in_flight: HashMap::new(),
         backlog: Backlog::new(now),

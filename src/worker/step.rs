@@ -76,6 +76,8 @@ impl Worker {
         // The poll looks at everything.
         if poll {
             self.schedule.wake();
+            // Somebody may have reset a limit.
+            self.schedule.end_rest();
         }
         self.looked_at = now;
         // What was committed since may go before what is known: it is read first.
@@ -224,9 +226,7 @@ impl Worker {
                     self.backlog.push(finished(job.id, done.lease, ending, attempts, &self.settings));
                 }
                 // Cancelled or claimed meanwhile, or locked: then the next poll finds it again.
-                (None, None) => {
-                    self.schedule.finished(pick.lane, pick.counted, pick.position.id, &Reach::Unknown, now);
-                }
+                (None, None) => self.schedule.not_sent(&pick, now),
                 (None, Some(_)) => {}
             }
         }
@@ -242,7 +242,7 @@ impl Worker {
                 self.in_flight.insert((id, lease), Running { lane, counted, attempts });
             }
             Err(error) => {
-                self.schedule.finished(lane, counted, id.as_u128(), &Reach::Unknown, Instant::now());
+                self.schedule.not_sent(pick, Instant::now());
                 self.backlog.push(finished(id, lease, Ending::refused(&error), attempts, &self.settings));
             }
         }

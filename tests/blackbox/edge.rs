@@ -117,3 +117,18 @@ fn a_missing_setting_is_said_in_the_jobs_error() {
     let error = run_job(&mut client, "tool_invoke", "s", Some("t"), json!({})).failed();
     assert!(error.contains("app.edge_function_url or app.service_role_key is not set"), "{error}");
 }
+
+#[test]
+fn rate_limits_are_the_executors_business() {
+    let executor = FakeServer::start(|_| Some(Answer::json("{}")));
+    let database = in_edge_mode(&executor.url);
+    let mut client = database.connect();
+    client
+        .batch_execute(
+            "INSERT INTO system_servers (id, name, config, rate_limit_per_minute) VALUES ('narrow', 'Narrow', '{\"url\": \"https://h/\"}', 1);
+             INSERT INTO job_results (job_type, server_id, tool_name) SELECT 'tool_invoke', 'narrow', 't' FROM generate_series(1, 5)",
+        )
+        .expect("INSERT");
+    wait_until("all are posted", || executor.requests().len() == 5);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM rate_limit_tracking"), 0);
+}

@@ -8,12 +8,16 @@ mod hostile;
 mod http;
 mod install;
 mod job_errors;
+mod job_limits;
 mod jobs;
 mod lanes;
 mod leaks;
 mod mcp;
 mod online_rotation;
 mod rate_limits;
+// PostgREST's program is for these machines.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod request_limits;
 mod retries;
 mod rotation;
 mod secrets;

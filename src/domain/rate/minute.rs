@@ -67,3 +67,15 @@ pub fn count(state: u64, clock: u32, limit: i32) -> Step {
     let allowed = i64::from(limit) >= calls as i64 && calls < COUNT;
     Step { state: u64::from(minute) << 32 | calls, allowed, closed }
 }
+
+/// Counts a call if it is allowed; else the state stays as it is.
+pub fn take(state: u64, clock: u32, limit: i32) -> Step {
+    let step = count(state, clock, limit);
+    if step.allowed { step } else { Step { state, closed: None, ..step } }
+}
+
+/// Takes one call of a minute back; `None`: there is none, or another minute runs.
+pub fn refund(state: u64, minute: u32) -> Option<u64> {
+    let (running, calls) = parts(state);
+    (running == minute && calls > 0).then(|| state - 1)
+}

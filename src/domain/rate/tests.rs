@@ -198,3 +198,24 @@ fn the_name_of_a_server_comes_back() {
     let (name, _) = Key::server(&SECRETS, 1, &"ä".repeat(300), Some(&user)).server_and_user().expect("a name");
     assert!(name.starts_with("äää") && name.contains('…') && name.len() < 2 * BYTES, "{name}");
 }
+
+#[test]
+fn a_call_that_is_taken_is_counted_only_within_the_limit_and_can_be_given_back_in_its_minute() {
+    let clock = minute::of(NOW);
+    let mut state = 0;
+    for _ in 0..3 {
+        let step = minute::take(state, clock, 3);
+        assert!(step.allowed);
+        state = step.state;
+    }
+    let denied = minute::take(state, clock, 3);
+    assert_eq!((denied.allowed, denied.state, denied.closed), (false, state, None));
+    assert_eq!(minute::refund(state, clock).map(minute::parts), Some((clock, 2)));
+    assert_eq!(minute::refund(state, clock - 1), None);
+    assert_eq!(minute::refund(minute::emptied(state), clock), None);
+    let next = minute::take(state, clock + 1, 3);
+    assert_eq!((next.allowed, minute::parts(next.state), next.closed), (true, (clock + 1, 1), Some(state)));
+    // Denied at once in a new minute: what the last one has counted stays where it is found.
+    let barred = minute::take(state, clock + 1, 0);
+    assert_eq!((barred.allowed, barred.state, barred.closed), (false, state, None));
+}

@@ -306,6 +306,8 @@ impl Schedule {
             user,
             host,
             server: None,
+            rate_limit: None,
+            rests: false,
             key: key.clone(),
         };
         let id = match self.free_lanes.pop() {

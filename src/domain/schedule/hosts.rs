@@ -96,7 +96,8 @@ impl Schedule {
     pub(super) fn doom(&mut self, host: usize, error: &str) {
         let error: Rc<str> = error.into();
         for id in 0..self.lanes.len() {
-            let Some(lane) = self.lane(id).filter(|lane| lane.host == Some(host)) else { continue };
+            // One that rests has waited for something else.
+            let Some(lane) = self.lane(id).filter(|lane| lane.host == Some(host) && !lane.rests) else { continue };
             let waiting: Vec<_> = lane.waiting.iter_mut().map(std::mem::take).collect();
             for (priority, positions) in waiting.into_iter().enumerate() {
                 let picks = positions.into_iter();
@@ -106,6 +107,7 @@ impl Schedule {
                     lane: id,
                     counted: Counted::default(),
                     priority,
+                    window: None,
                     failure: Some(Rc::clone(&error)),
                 }));
                 self.look_for_more(id, priority);

@@ -1,3 +1,5 @@
+mod rest;
+
 use super::*;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -5,7 +7,11 @@ use std::time::Duration;
 const RULES: Rules = Rules { threshold: 3, cooldown: Duration::from_secs(5) };
 
 fn schedule(total: usize) -> Schedule {
-    Schedule::new(Caps { total, per_host: usize::MAX }, RULES)
+    capped(Caps { total, per_host: usize::MAX })
+}
+
+fn capped(caps: Caps) -> Schedule {
+    Schedule::new(caps, RULES, Box::new(rest::Windows::default()))
 }
 
 fn http(host: &str) -> LaneKey {
@@ -46,7 +52,7 @@ impl Table {
             schedule.take(read, rows);
         }
         for (lane, key) in schedule.take_unrouted() {
-            schedule.route(lane, Some(&Route { host: key.target.clone(), server: None }));
+            schedule.route(lane, Some(&Route { host: key.target.clone(), server: None, rate_limit: None }));
         }
         !reads.is_empty()
     }
@@ -96,7 +102,7 @@ fn a_server_never_has_more_in_flight_than_its_cap_whoever_calls_it() {
         schedule.take(&read, rows);
     }
     assert!(schedule.pick(9, now).is_empty(), "their routes are not known");
-    let route = Route { host: "h:1".into(), server: Some(("s".into(), 3)) };
+    let route = Route { host: "h:1".into(), server: Some(("s".into(), 3)), rate_limit: None };
     for (lane, _) in schedule.take_unrouted() {
         schedule.route(lane, Some(&route));
     }
@@ -133,7 +139,7 @@ fn a_host_alone_gets_most_places_and_never_all() {
 #[test]
 fn a_host_has_no_more_in_flight_than_its_cap() {
     let caps = Caps { total: 100, per_host: 7 };
-    let (mut table, mut schedule, now) = (Table::default(), Schedule::new(caps, RULES), Instant::now());
+    let (mut table, mut schedule, now) = (Table::default(), capped(caps), Instant::now());
     for host in ["a:1", "b:1"] {
         for time in 0..50 {
             table.insert(5, time, &http(host));
@@ -245,7 +251,7 @@ fn every_job_is_picked_once_however_lanes_fill_up_and_commits_come_late() {
     for seed in 0..6 {
         let mut state = seed;
         let caps = Caps { total: 200, per_host: 30 + 100 * seed as usize };
-        let (mut table, mut schedule, now) = (Table::default(), Schedule::new(caps, RULES), Instant::now());
+        let (mut table, mut schedule, now) = (Table::default(), capped(caps), Instant::now());
         // A few lanes with far more jobs than there is room for, some of them broken for now, and many small ones.
         let lanes = [http("a:1"), http("b:1"), http("dead:1"), mcp(1, "x"), mcp(2, "x")];
         let mut left = 25_000;
@@ -312,7 +318,7 @@ fn a_full_memory_hides_nobodys_jobs() {
     let narrow = |schedule: &mut Schedule| {
         for (lane, key) in schedule.take_unrouted() {
             let server = Some((key.target.clone(), 1));
-            schedule.route(lane, Some(&Route { host: "h:1".into(), server }));
+            schedule.route(lane, Some(&Route { host: "h:1".into(), server, rate_limit: None }));
         }
     };
     let read = |table: &Table, schedule: &mut Schedule| {
@@ -398,7 +404,7 @@ fn a_lane_that_is_led_elsewhere_leaves_its_requests_and_its_probe_where_they_wer
     let later = now + RULES.cooldown;
     let probe = schedule.pick(9, later).remove(0);
     table.claim(&mut schedule, std::slice::from_ref(&probe));
-    schedule.route(probe.lane, Some(&Route { host: "elsewhere:1".into(), server: None }));
+    schedule.route(probe.lane, Some(&Route { host: "elsewhere:1".into(), server: None, rate_limit: None }));
     let elsewhere = schedule.pick(3, later);
     assert!(elsewhere.iter().all(|pick| pick.lane == probe.lane) && elsewhere.len() == 3, "the lane goes on there");
     table.claim(&mut schedule, &elsewhere);

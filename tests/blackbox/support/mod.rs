@@ -1,9 +1,13 @@
 //! What the tests stand on: clusters, databases, servers to call, and waiting.
 
 mod cluster;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod postgrest;
 mod server;
 
 pub use cluster::{Cluster, Database, shared};
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use postgrest::{PostgRest, bearer};
 pub use server::{Answer, EverythingServer, FakeServer, Gate, McpServer, RawServer, read_request};
 
 use postgres::Client;

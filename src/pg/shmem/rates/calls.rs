@@ -2,7 +2,8 @@
 
 use super::{PARTITIONS, Rates, Slot};
 use crate::domain::rate::key::Key;
-use crate::domain::rate::{Answer, Policy, minute, valid_state};
+use crate::domain::rate::minute::{self, Step};
+use crate::domain::rate::{Answer, Policy, valid_state};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 /// What a key is to be charged in a call for several.
@@ -35,7 +36,36 @@ impl Rates {
     /// Counts a call in the running minute and tells whether it is within the limit. `None`: the table is
     /// full.
     pub fn count(&self, key: &Key, now: u64, limit: i32) -> Option<bool> {
-        let allowed = self.with(key, now, |slot| {
+        let Step { allowed, .. } = self.advance(key, now, |state, clock| minute::count(state, clock, limit))?;
+        self.partition(key.hash).note(allowed);
+        Some(allowed)
+    }
+
+    /// Counts a call in the running minute if it is within the limit, and returns the minute. The error: when another
+    /// one begins; `None`: the table is full.
+    pub fn take(&self, key: &Key, now: u64, limit: i32) -> Option<Result<u32, u64>> {
+        if limit <= 0 {
+            return Some(Err(minute::end(minute::of(now))));
+        }
+        let Step { allowed, state, .. } = self.advance(key, now, |state, clock| minute::take(state, clock, limit))?;
+        let (minute, _) = minute::parts(state);
+        if !allowed {
+            return Some(Err(minute::end(minute)));
+        }
+        self.partition(key.hash).note(true);
+        Some(Ok(minute))
+    }
+
+    /// Takes back a call that was counted in a minute, if it still runs.
+    pub fn refund(&self, key: &Key, minute: u32) {
+        let _shared = self.partition(key.hash).share();
+        if let Some(slot) = self.find(key) {
+            let _ = slot.state.fetch_update(SeqCst, SeqCst, |state| minute::refund(state, minute));
+        }
+    }
+
+    fn advance(&self, key: &Key, now: u64, step: impl Fn(u64, u32) -> Step) -> Option<Step> {
+        self.with(key, now, |slot| {
             let mut clock = minute::of(now);
             let mut state = slot.state.load(Relaxed);
             loop {
@@ -43,7 +73,10 @@ impl Rates {
                     // Perhaps this process was held up since it looked at the clock.
                     clock = minute::of(super::now());
                 }
-                let step = minute::count(state, clock, limit);
+                let step = step(state, clock);
+                if step.state == state {
+                    return step;
+                }
                 match slot.state.compare_exchange_weak(state, step.state, SeqCst, Relaxed) {
                     Ok(_) => {
                         if let Some(closed) = step.closed
@@ -51,14 +84,12 @@ impl Rates {
                         {
                             self.0.unrecorded.fetch_add(1, Relaxed);
                         }
-                        return step.allowed;
+                        return step;
                     }
                     Err(changed) => state = changed,
                 }
             }
-        })?;
-        self.partition(key.hash).note(allowed);
-        Some(allowed)
+        })
     }
 
     /// Charges a call where it is allowed. `None`: the table is full.

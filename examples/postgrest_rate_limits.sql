@@ -1,0 +1,33 @@
+-- Rate limits for all requests through PostgREST: run this as a superuser in the database that PostgREST serves, then set
+--   db-pre-request = "hooks.before_request"     (on Supabase: ALTER ROLE authenticator SET pgrst.db_pre_request = 'hooks.before_request')
+-- and have PostgREST read its configuration again: NOTIFY pgrst.
+-- It takes nexus_hub to be installed in the schema public. Change the numbers and the keys as you like.
+
+-- Not among PostgREST's db-schemas, so that nobody calls the hook through it.
+CREATE SCHEMA hooks;
+GRANT USAGE ON SCHEMA hooks TO anon, authenticated, service_role;
+
+-- With its owner's rights: limits are not for signed-in users to call with any key they like.
+CREATE FUNCTION hooks.before_request() RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    headers json := nullif(current_setting('request.headers', true), '')::json;
+    -- The last address is the one that your own proxy has seen; those before it are the client's word.
+    address text := (regexp_split_to_array(headers ->> 'x-forwarded-for', '\s*,\s*'))[
+                     array_length(regexp_split_to_array(headers ->> 'x-forwarded-for', '\s*,\s*'), 1)];
+    caller text := coalesce('user ' || public.nexus_hub_uid(), 'address ' || address, 'nobody');
+BEGIN
+    IF current_setting('role') = 'service_role' THEN
+        RETURN;
+    END IF;
+    PERFORM public.enforce_rate_limits(
+        p_policies        => ARRAY['burst',          'hour'],
+        p_keys            => ARRAY[caller,           caller],
+        p_limits          => ARRAY[20,               5000],
+        p_windows_seconds => ARRAY[1,                3600]);
+END
+$$;
+REVOKE EXECUTE ON FUNCTION hooks.before_request() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION hooks.before_request() TO anon, authenticated, service_role;
