@@ -1,7 +1,11 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # what setup.sh sets
-# Rate limits. Sourced by run.sh. RATES_SECONDS: how long each rate is measured (3 s), RATES_ROUNDS: how often (3, and
-# the median counts), in turns with what it is compared with.
+# Rate limits. Sourced by run.sh. RATES_SECONDS: how long each rate is measured at a time (1 s), RATES_ROUNDS: how often
+# (9, and the median counts), in turns with what it is compared with: many short turns, because a shared machine has slow
+# moments.
+
+# Calls that are on the way at a time, where they are pipelined.
+rates_pipelined=16
 
 # The seeds' table version (001_nexus_hub_architecture_v2.md), and the same with an unlogged table.
 rates_peer_tables() {
@@ -25,38 +29,52 @@ rates_peer_tables() {
 rates_scripts() {
     local name user="'11111111-1111-1111-1111-111111111111'"
     echo 'SELECT 1;' >"$dir/one.sql"
-    echo 'SELECT 1, :n;' >"$dir/one_of_many.sql"
+    # With a parameter, as the call has it that it stands beside.
+    echo 'SELECT :n;' >"$dir/one_of_many.sql"
     sed -i '1i \\\set n random(1, 10000)' "$dir/one_of_many.sql"
     for name in '' _logged _unlogged; do
         echo "SELECT check_rate_limit$name('github', $user, 1000000000);" >"$dir/hot$name.sql"
-        printf '%s\n' '\set n random(1, 10000)' "SELECT check_rate_limit$name('server ' || :n, $user, 1000000000);" >"$dir/many$name.sql"
+        printf '%s\n' '\set n random(1, 10000)' "SELECT check_rate_limit$name(:n, $user, 1000000000);" >"$dir/many$name.sql"
     done
+    {
+        echo '\startpipeline'
+        for _ in $(seq "$rates_pipelined"); do cat "$dir/hot.sql"; done
+        echo '\endpipeline'
+    } >"$dir/hot_pipelined.sql"
 }
 
-rates_tps() { # script clients
-    "$bin/pgbench" -n -M prepared -f "$dir/$1.sql" -c "$2" -j "$(($2 < 2 ? 1 : 2))" -T "${RATES_SECONDS:-3}" 2>/dev/null |
-        awk '/^tps/ { printf "%.0f", $3 }'
+# Calls a second of a script; NAME_tcp: the script NAME over TCP; redis_…: not PostgreSQL at all.
+rates_measure() { # name clients
+    local host=$PGHOST script=$1 calls=1
+    case $1 in
+        redis_*) rates_redis "$1" "$2" && return ;;
+        *_tcp) host=127.0.0.1 script=${1%_tcp} ;;
+        *_pipelined) calls=$rates_pipelined ;;
+    esac
+    PGHOST=$host "$bin/pgbench" -n -M prepared -f "$dir/$script.sql" -c "$2" -j "$(($2 < 2 ? 1 : 2))" -T "${RATES_SECONDS:-1}" 2>/dev/null |
+        awk -v n="$calls" '/^tps/ { printf "%.0f\n", $3 * n }'
 }
 
-# Medians of several scripts, measured in turns so that a busy moment hits them alike. Prints them in order.
-rates_in_turns() { # clients script...
-    local clients=$1 script _
+# Medians of several, measured in turns so that a busy moment hits them alike. Prints them in order.
+rates_in_turns() { # clients name...
+    local clients=$1 name _
     shift
-    for _ in $(seq "${RATES_ROUNDS:-3}"); do
-        for script in "$@"; do
-            echo "$script $(rates_tps "$script" "$clients")"
+    for _ in $(seq "${RATES_ROUNDS:-9}"); do
+        for name in "$@"; do
+            echo "$name $(rates_measure "$name" "$clients")"
         done
     done >"$dir/turns"
-    for script in "$@"; do
+    for name in "$@"; do
         # shellcheck disable=SC2046 # words
-        median $(awk -v s="$script" '$1 == s { print $2 }' "$dir/turns")
+        median $(awk -v s="$name" '$1 == s { print $2 }' "$dir/turns")
     done
 }
 
-# Redis with the usual script, as many clients, no pipelining. Prints nothing where there is no Redis.
+# Redis with the usual script.
 rates_redis_start() {
     command -v redis-server >/dev/null && command -v redis-benchmark >/dev/null || return 1
-    redis-server --unixsocket "$dir/redis.sock" --port 0 --save '' --appendonly no --dir "$dir" >"$dir/redis.log" 2>&1 &
+    redis_port=$((10000 + RANDOM % 10000))
+    redis-server --unixsocket "$dir/redis.sock" --bind 127.0.0.1 --port "$redis_port" --save '' --appendonly no --dir "$dir" >"$dir/redis.log" 2>&1 &
     started+=("$!")
     local _
     for _ in $(seq 100); do
@@ -66,10 +84,16 @@ rates_redis_start() {
     return 1
 }
 
-rates_redis() { # clients key
+rates_redis() { # redis_hot, redis_many, redis_hot_tcp or redis_hot_pipelined; clients
+    local key=hot where=(-s "$dir/redis.sock") number=$(($2 == 1 ? 20000 : 80000))
     local script="local n = redis.call('INCR', KEYS[1]) if n == 1 then redis.call('EXPIRE', KEYS[1], 60) end return n <= tonumber(ARGV[1])"
-    redis-benchmark -s "$dir/redis.sock" -c "$1" -n $(($1 == 1 ? 60000 : 200000)) -r 10000 -q --csv EVAL "$script" 1 "$2" 1000000000 |
-        tail -1 | awk -F'","' '{ printf "%.0f", $(NF > 2 ? 2 : NF) }'
+    case $1 in
+        *_many) key=key:__rand_int__ ;;
+        *_tcp) where=(-p "$redis_port") ;;
+        *_pipelined) where+=(-P "$rates_pipelined") number=$((number * 5)) ;;
+    esac
+    redis-benchmark "${where[@]}" -c "$2" -n "$number" -r 10000 -q --csv EVAL "$script" 1 "$key" 1000000000 |
+        tail -1 | awk -F'","' '{ printf "%.0f\n", $(NF > 2 ? 2 : NF) }'
 }
 
 # Nanoseconds a call, net of the loop around it, of a million calls in one statement; the better of three.
@@ -89,26 +113,30 @@ rates_per_call() { # call with i, the same without the call
         END \$\$" 2>&1 | sed -n 's/.*NOTICE: *//p'
 }
 
+# A row: a rate beside others, the first of which it is measured against.
+rates_row() { # what clients name text name...: a %s in the text for each name after it
+    local what=$1 clients=$2 name=$3 text=$4 rates
+    shift 4
+    mapfile -t rates < <(rates_in_turns "$clients" "$name" "$@")
+    # shellcheck disable=SC2059 # the text is the format
+    row "$what, $clients clients" "${rates[0]}" "$(printf "$text" "${rates[@]:1}")" "$(ratio "${rates[0]}" "${rates[1]}")"
+}
+
 bench_rates() {
-    local clients hot many one logged unlogged ns user="'11111111-1111-1111-1111-111111111111'" redis=
+    local clients ns user="'11111111-1111-1111-1111-111111111111'" redis=
     rates_peer_tables
     rates_scripts
     rates_redis_start && redis=yes
     for clients in 1 8 32; do
-        { read -r hot; read -r one; } < <(rates_in_turns "$clients" hot one)
-        row "check_rate_limit, one key, $clients clients, calls a second" "$hot" "SELECT 1: $one" "$(ratio "$hot" "$one")"
-        { read -r many; read -r one; } < <(rates_in_turns "$clients" many one_of_many)
-        row "check_rate_limit, 10,000 keys, $clients clients, calls a second" "$many" "SELECT 1 with a random number: $one" "$(ratio "$many" "$one")"
-        { read -r hot; read -r logged; read -r unlogged; } < <(rates_in_turns "$clients" hot hot_logged hot_unlogged)
-        row "the same on one key, $clients clients" "$hot" "the seeds' plpgsql on a table: $logged; unlogged: $unlogged" "$(ratio "$hot" "$logged")"
-        { read -r many; read -r logged; read -r unlogged; } < <(rates_in_turns "$clients" many many_logged many_unlogged)
-        row "the same on 10,000 keys, $clients clients" "$many" "the seeds' plpgsql on a table: $logged; unlogged: $unlogged" "$(ratio "$many" "$logged")"
-        if [[ -n $redis ]]; then
-            one=$(rates_redis "$clients" hot)
-            row "the same on one key, $clients clients" "$hot" "Redis, Lua INCR and EXPIRE, redis-benchmark on a socket: $one" "$(ratio "$hot" "$one")"
-            one=$(rates_redis "$clients" key:__rand_int__)
-            row "the same on 10,000 keys, $clients clients" "$many" "Redis, Lua INCR and EXPIRE, redis-benchmark on a socket: $one" "$(ratio "$many" "$one")"
-        fi
+        rates_row 'check_rate_limit a second, one key' "$clients" hot 'SELECT 1: %s' one
+        rates_row 'check_rate_limit a second, 10,000 keys' "$clients" many 'SELECT of a parameter: %s' one_of_many
+        RATES_ROUNDS=3 rates_row 'the same on one key' "$clients" hot "the seeds' plpgsql on a table: %s; unlogged: %s" hot_logged hot_unlogged
+        RATES_ROUNDS=3 rates_row 'the same on 10,000 keys' "$clients" many "the seeds' plpgsql on a table: %s; unlogged: %s" many_logged many_unlogged
+        [[ -n $redis ]] || continue
+        rates_row 'the same on one key' "$clients" hot 'Redis, Lua INCR and EXPIRE, redis-benchmark, both on sockets: %s' redis_hot
+        rates_row 'the same on 10,000 keys' "$clients" many 'Redis, the same: %s' redis_many
+        rates_row 'the same on one key over TCP' "$clients" hot_tcp 'Redis, both over TCP on 127.0.0.1: %s' redis_hot_tcp
+        rates_row "the same, $rates_pipelined on the way at a time" "$clients" hot_pipelined "Redis, both on sockets, as many on the way: %s" redis_hot_pipelined
     done
     [[ -n $redis ]] || row 'beside Redis' '–' 'no redis-server here: .ci/setup bench installs it' '–'
     ns=$(rates_per_call "check_rate_limit('github', $user, i)" 'i % 2 = 0')

@@ -60,13 +60,14 @@ ask() { # statement with an answer of one line
 }
 
 start_cluster() {
+    local port=$((30000 + RANDOM % 10000))
     "${as_server[@]}" sh -c "umask 077; openssl rand -hex 32 >$dir/vault.key"
     (cd /tmp && "${as_server[@]}" "$bin/initdb" -D "$dir/data" -A trust -U postgres -E UTF8 --locale=C >"$dir/initdb.log")
     # track_commit_timestamp: commits are what is timed.
     "${as_server[@]}" tee -a "$dir/data/postgresql.conf" >/dev/null <<CONF
 shared_preload_libraries = 'nexus_hub'
-listen_addresses = ''
-port = 5432
+listen_addresses = '127.0.0.1'
+port = $port
 unix_socket_directories = '$dir'
 shared_buffers = '512MB'
 max_wal_size = '4GB'
@@ -75,13 +76,14 @@ track_commit_timestamp = on
 nexus_hub.vault_key_file = '$dir/vault.key'
 nexus_hub.egress_allow = '127.0.0.1'
 CONF
-    export PGHOST=$dir PGPORT=5432 PGUSER=postgres PGDATABASE=postgres
+    export PGHOST=$dir PGPORT=$port PGUSER=postgres PGDATABASE=postgres
     server start
     sql -c 'CREATE EXTENSION nexus_hub' -c 'CREATE EXTENSION pgcrypto'
 }
 
 # Starts the cluster anew, and with it the worker.
 restart_cluster() {
+    local port=$((30000 + RANDOM % 10000))
     echo '\q' >&"$to_session"
     wait "$session_pid"
     exec {to_session}>&- {from_session}<&-

@@ -3,7 +3,7 @@
 
 CREATE FUNCTION @extschema@.check_rate_limit(p_server_id text, p_user_id uuid, p_limit_per_minute integer) RETURNS boolean
 LANGUAGE c VOLATILE PARALLEL SAFE
-AS 'MODULE_PATHNAME', 'check_rate_limit_wrapper';
+AS 'MODULE_PATHNAME', 'check_rate_limit';
 COMMENT ON FUNCTION @extschema@.check_rate_limit(text, uuid, integer) IS
     'Counts this call in the running clock minute of the server and the user, denied calls too, and tells whether the count is within p_limit_per_minute. A limit of 0 or less allows nothing; a NULL user is a key of its own. Works in read-only transactions, and a rollback gives nothing back. Errors: 22023 p_server_id NULL or empty, p_limit_per_minute NULL; where the library is not preloaded, 55000 in read-only transactions.';
 

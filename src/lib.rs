@@ -42,6 +42,7 @@ extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 pub extern "C-unwind" fn _PG_init() {
     pg::guc::register();
     pg::app_settings::register();
+    rate_limit::register();
     if pg::preloading() {
         pg::shmem::register();
         pg::hooks::register();

@@ -13,6 +13,7 @@ pub mod identity;
 pub mod limit_row;
 pub mod plaintext;
 pub mod process;
+pub mod quick_call;
 pub mod random;
 pub mod shmem;
 pub mod snapshot;

@@ -7,8 +7,9 @@ use crate::pg::shmem::rates::Rates;
 use crate::pg::{identity, snapshot};
 use pgrx::prelude::*;
 use pgrx::spi::SpiError;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// How long they are good for at most: of changes on a standby's primary, and by prepared transactions, nobody is told.
 const TIME: u64 = 10 * SECOND;
@@ -33,16 +34,24 @@ struct Rules {
     pairs: HashMap<String, HashMap<[u8; 16], i32>>,
 }
 
-#[derive(Clone, Copy)]
-struct Loaded {
-    version: u64,
-    at: u64,
-    any: bool,
-}
+// What was read last. One thread owns PostgreSQL, so these are plain variables of the process.
+/// By [`Rates::rules`]; 0: nothing that is good for later.
+static VERSION: AtomicU64 = AtomicU64::new(0);
+static READ_AT: AtomicU64 = AtomicU64::new(0);
+static ANY: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
-    static LOADED: Cell<Option<Loaded>> = const { Cell::new(None) };
     static RULES: RefCell<Rules> = RefCell::default();
+}
+
+/// Whether it is known that there are none.
+pub fn are_none(table: Rates, now: u64) -> bool {
+    !ANY.load(Relaxed) && is_known(table.rules(), now)
+}
+
+fn is_known(version: u64, now: u64) -> bool {
+    let read_at = READ_AT.load(Relaxed);
+    version != 0 && VERSION.load(Relaxed) == version && (read_at..read_at.saturating_add(TIME)).contains(&now)
 }
 
 /// They could not be read.
@@ -85,18 +94,16 @@ pub fn of_text(table: Option<Rates>, text: &str, now: u64) -> Result<Rule, SpiEr
 fn refresh(table: Option<Rates>, now: u64) -> Result<bool, SpiError> {
     // Looked at before reading: what changes meanwhile is read the next time.
     let version = table.map_or(0, |table| table.rules());
-    if let Some(loaded) = LOADED.get()
-        && loaded.version == version
-        && version != 0
-        && (loaded.at..loaded.at.saturating_add(TIME)).contains(&now)
-    {
-        return Ok(loaded.any);
+    if is_known(version, now) {
+        return Ok(ANY.load(Relaxed));
     }
-    LOADED.set(None);
+    VERSION.store(0, Relaxed);
     let rules = read()?;
     let any = rules.any();
     RULES.set(rules);
-    LOADED.set(Some(Loaded { version, at: now, any }));
+    ANY.store(any, Relaxed);
+    READ_AT.store(now, Relaxed);
+    VERSION.store(version, Relaxed);
     Ok(any)
 }
 

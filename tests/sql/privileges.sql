@@ -84,7 +84,7 @@ SELECT set_eq(
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('primary_vault_key', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
                        ('open_secret', 'service_role'), ('api_key_object', 'service_role'),
-                       ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
+                       ('limit_request', 'service_role'), ('answer_request', 'service_role'), ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
 -- ── anon ──

@@ -37,6 +37,21 @@ SELECT is(pg_temp.allowed('Exact', NULL, 5, 20), 5::bigint, 'and each server; ca
 SELECT is(pg_temp.allowed(repeat('x', 300) || n, NULL, 2, 3), 2::bigint, 'also with long names that end differently') FROM generate_series(1, 3) AS n;
 SELECT is(pg_temp.allowed(repeat('ü', 10000000), NULL, 2, 3), 2::bigint, 'and with 20 MB of name');
 SELECT is(pg_temp.allowed(name, NULL, 2, 3), 2::bigint, format('and with %s', name)) FROM unnest(ARRAY[' ', 'a b', '世界 🗝️', E'\n', '''; --']) AS name;
+-- However a text or a user comes: as a constant, with a short header, compressed, stored elsewhere, built anew.
+CREATE TEMPORARY TABLE named (how text, name text, user_id uuid);
+ALTER TABLE named ALTER name SET STORAGE EXTERNAL;
+INSERT INTO named VALUES ('short', 'stored', 'a11ce000-0000-4000-8000-000000000001'), ('elsewhere', repeat('stored', 1000), NULL);
+ALTER TABLE named ALTER name SET STORAGE EXTENDED;
+INSERT INTO named VALUES ('compressed', repeat('stored', 1000), NULL);
+SELECT is(check_rate_limit(name, user_id, 100), true, how) FROM named;
+SELECT is(check_rate_limit('stored', 'a11ce000-0000-4000-8000-000000000001', 100), true, 'the same as a constant');
+SELECT is(check_rate_limit(format('%s', 'stored'), user_id, 100), true, 'and built') FROM named WHERE how = 'short';
+SELECT is(check_rate_limit(repeat('stored', 1000), NULL, 100), true, 'a long one that is built');
+SELECT set_eq($$SELECT left(server_id, 12), user_id, request_count FROM rate_limit_tracking WHERE server_id LIKE 'stored%'$$,
+              $$VALUES ('stored', 'a11ce000-0000-4000-8000-000000000001'::uuid, 3), ('storedstored', NULL, 3)$$, 'is the same key in any form');
+SELECT is(pg_temp.allowed(repeat('y', length), user_id, 2, 3), 2::bigint, format('a name of %s bytes', length))
+  FROM unnest(ARRAY[1, 183, 184, 185, 199, 200, 201]) AS length, unnest(ARRAY[NULL, 'a11ce000-0000-4000-8000-000000000002']::uuid[]) AS user_id;
+SELECT is((SELECT count(*) FROM rate_limit_tracking WHERE server_id ~ '^y+(…|$)' AND request_count = 3), 14::bigint, 'of each length and user one');
 SELECT is(pg_temp.allowed('limit ' || call_limit, NULL, call_limit, 3), 0::bigint, format('a limit of %s allows nothing', call_limit))
   FROM unnest(ARRAY[0, -1, -2147483648]) AS call_limit;
 SELECT is(pg_temp.allowed('limit max', NULL, 2147483647, 100), 100::bigint, 'the highest limit allows');
@@ -124,6 +139,37 @@ SELECT matches(pg_temp.error_of('SELECT ' || call), '^' || error || ' \(with a h
     ($$rate_limit_all('{k,k}', '{1,2}')$$, '22023: a key is there twice with the same window')) AS t (call, error);
 SELECT is(pg_temp.error_of($$SELECT rate_limit_all(array_fill('k'::text, ARRAY[65]), array_fill(1, ARRAY[65]))$$),
           '54000: p_keys has 65 keys, and at most 64 are allowed', 'more policies than one call may have');
+
+-- ── enforce_rate_limits ──
+
+SELECT lives_ok($$SELECT enforce_rate_limits('{burst,"per day"}', '{web,web}', '{2,100}', '{7200,86400}')$$, 'a request within its limits');
+SELECT is(current_setting('response.headers')::jsonb,
+          '[{"RateLimit-Policy": "\"burst\";q=2;w=7200, \"per day\";q=100;w=86400"}, {"RateLimit": "\"burst\";r=1;t=3600, \"per day\";r=99;t=864"}]',
+          'the answer says what is left');
+SELECT set_config('response.headers', '[{"X-Mine": "yes"}]', true);
+SELECT lives_ok($$SELECT enforce_rate_limits('{burst}', '{web}', '{2}', '{7200}')$$, 'the second');
+SELECT is(current_setting('response.headers')::jsonb -> 0, '{"X-Mine": "yes"}', 'fields that are there stay');
+SELECT matches(pg_temp.error_of($$SELECT enforce_rate_limits('{burst}', '{web}', '{2}', '{7200}')$$),
+               '^PGRST: \{.*"details": "policy \\"burst\\" allows 2 in 7200 seconds"', 'the third is refused, by name');
+SELECT is((rate_limit_peek('web', 100, 86400)).remaining, 98, 'and charged to none');
+SELECT lives_ok($$SELECT enforce_rate_limits('{}', '{}', '{}')$$, 'no policy, no limit');
+SELECT lives_ok($$SELECT enforce_rate_limits('{cost,burst}', '{dear,dear}', '{10,10}', '{60,61}', '{4,1}', '{NULL,2}')$$, 'costs and bursts');
+SELECT is((rate_limit_peek('dear', 10, 60, 0)).remaining, 6, 'are charged');
+SELECT matches(pg_temp.error_of('SELECT enforce_rate_limits(' || arguments || ')'), '^' || error || ' \(with a hint\)$', arguments)
+  FROM (VALUES
+    ($$NULL, '{k}', '{1}'$$, '22023: p_policies is NULL'),
+    ($$'{p}', NULL, '{1}'$$, '22023: p_keys is NULL'),
+    ($$'{p}', '{k}', NULL$$, '22023: p_limits is NULL'),
+    ($$'{p,q}', '{k}', '{1}'$$, '22023: p_policies has 2 elements, and p_keys has 1'),
+    ($$'{p}', '{k}', '{1,2}'$$, '22023: p_limits has 2 elements, and p_keys has 1'),
+    ($$'{NULL}', '{k}', '{1}'$$, '22023: an element of p_policies is NULL'),
+    ($$'{""}', '{k}', '{1}'$$, '22023: an element of p_policies is not fit to be a policy''s name'),
+    ($$'{é}', '{k}', '{1}'$$, '22023: an element of p_policies is not fit to be a policy''s name'),
+    ($$ARRAY[E'a\r\nSet-Cookie: b'], '{k}', '{1}'$$, '22023: an element of p_policies is not fit to be a policy''s name'),
+    ($$ARRAY[repeat('x', 65)], '{k}', '{1}'$$, '22023: an element of p_policies is not fit to be a policy''s name'),
+    ($$'{p,p}', '{k,l}', '{1,1}'$$, '22023: p_policies has "p" twice'),
+    ($$'{p}', '{""}', '{1}'$$, '22023: p_key is empty'),
+    ($$'{p}', '{k}', '{1}', '{0}'$$, '22023: p_window_seconds is 0, and must be at least 1')) AS t (arguments, error);
 
 -- ── The tables ──
 

@@ -74,6 +74,7 @@ SELECT set_eq(
     ('rate_limit', 'p_key text, p_limit integer, p_window_seconds integer DEFAULT 60, p_cost integer DEFAULT 1, p_burst integer DEFAULT NULL::integer, OUT allowed boolean, OUT "limit" integer, OUT remaining integer, OUT retry_after_seconds double precision, OUT reset_seconds double precision', 'record'),
     ('rate_limit_peek', 'p_key text, p_limit integer, p_window_seconds integer DEFAULT 60, p_cost integer DEFAULT 1, p_burst integer DEFAULT NULL::integer, OUT allowed boolean, OUT "limit" integer, OUT remaining integer, OUT retry_after_seconds double precision, OUT reset_seconds double precision', 'record'),
     ('rate_limit_all', 'p_keys text[], p_limits integer[], p_windows_seconds integer[] DEFAULT NULL::integer[], p_costs integer[] DEFAULT NULL::integer[], p_bursts integer[] DEFAULT NULL::integer[]', 'TABLE(key text, allowed boolean, "limit" integer, remaining integer, retry_after_seconds double precision, reset_seconds double precision)'),
+    ('enforce_rate_limits', 'p_policies text[], p_keys text[], p_limits integer[], p_windows_seconds integer[] DEFAULT NULL::integer[], p_costs integer[] DEFAULT NULL::integer[], p_bursts integer[] DEFAULT NULL::integer[]', 'void'),
     ('reset_rate_limit', 'p_key text', 'boolean'),
     ('reset_server_rate_limit', 'p_server_id text, p_user_id uuid', 'boolean')$$,
     'the public functions are those of the contract, with its argument names, defaults and results');
@@ -193,7 +194,7 @@ SELECT set_eq(
     ('http_request', 'v'), ('http_get', 'v'), ('http_post', 'v'), ('retry_job', 'v'), ('retry_failed_jobs', 'v'), ('get_job_attempts', 's'),
     ('insert_user_api_key', 'v'), ('get_user_api_key', 's'), ('delete_user_api_key', 'v'), ('touch_user_api_key', 'v'), ('upsert_user_gateway_config', 'v'),
     ('delete_user_gateway_config', 'v'), ('get_user_gateway_base_url', 's'), ('get_user_allow_gateway_fallback', 's'), ('resolve_provider', 's'),
-    ('check_rate_limit', 'v'), ('rate_limit', 'v'), ('rate_limit_peek', 'v'), ('rate_limit_all', 'v'), ('reset_rate_limit', 'v'), ('reset_server_rate_limit', 'v')$$,
+    ('check_rate_limit', 'v'), ('rate_limit', 'v'), ('rate_limit_peek', 'v'), ('rate_limit_all', 'v'), ('enforce_rate_limits', 'v'), ('reset_rate_limit', 'v'), ('reset_server_rate_limit', 'v')$$,
     'functions that only read are STABLE; those that write, wait or draw a random IV are VOLATILE');
 
 -- ── Rules for every object, future ones included ──

@@ -23,6 +23,50 @@ pub enum Kind {
     Text = 3,
 }
 
+/// The key of a server and a user before it is made, to look for it.
+#[derive(Clone, Copy)]
+pub struct Sought<'a> {
+    pub hash: u64,
+    database: u32,
+    kind: Kind,
+    head: &'a [u8],
+    tail: &'a [u8],
+}
+
+impl<'a> Sought<'a> {
+    /// `None`: the name is too long to be kept as it is.
+    pub fn server(secrets: &Secrets, database: u32, server: &'a [u8], user: Option<&'a [u8; 16]>) -> Option<Self> {
+        let (kind, head) = match user {
+            Some(user) => (Kind::ServerUser, &user[..]),
+            None => (Kind::Server, &[][..]),
+        };
+        if head.len() + server.len() > BYTES {
+            return None;
+        }
+        let [a, b, ..] = *secrets;
+        let hash = digest(a, b, database, kind, head, server);
+        Some(Self { hash, database, kind, head, tail: server })
+    }
+
+    /// Whether this is it.
+    pub fn is(&self, key: &Key) -> bool {
+        let bytes = || key.bytes().split_at_checked(self.head.len());
+        self.hash == key.hash
+            && self.database == key.database
+            && self.kind as u8 == key.kind
+            && !key.is_hashed
+            && bytes().is_some_and(|(head, tail)| head == self.head && tail == self.tail)
+    }
+}
+
+fn digest(first: u64, second: u64, database: u32, kind: Kind, head: &[u8], tail: &[u8]) -> u64 {
+    let mut hasher = SipHasher::new_with_keys(first, second);
+    hasher.write_u64(u64::from(database) << 8 | kind as u64);
+    hasher.write(head);
+    hasher.write(tail);
+    hasher.finish()
+}
+
 /// A key as it is kept, in shared memory, too.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -53,13 +97,7 @@ impl Key {
     }
 
     fn new(secrets: &Secrets, database: u32, kind: Kind, window: u32, head: &[u8], tail: &[u8]) -> Self {
-        let digest = |first: u64, second: u64| {
-            let mut hasher = SipHasher::new_with_keys(first, second);
-            hasher.write_u64(u64::from(database) << 8 | kind as u64);
-            hasher.write(head);
-            hasher.write(tail);
-            hasher.finish()
-        };
+        let digest = |first: u64, second: u64| digest(first, second, database, kind, head, tail);
         let [a, b, c, d, e, f] = *secrets;
         let mut bytes = [0; BYTES];
         bytes[..head.len()].copy_from_slice(head);

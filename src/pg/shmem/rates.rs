@@ -225,7 +225,11 @@ impl Rates {
 
     /// The slot of a key. Its partition must be locked.
     fn find(&self, key: &Key) -> Option<&'static Slot> {
-        let found = self.chain(key.hash).find(|(_, slot)| slot.hash.load(Relaxed) == key.hash && slot.key().is(key));
+        self.find_by(key.hash, |other| other.is(key))
+    }
+
+    fn find_by(&self, hash: u64, is: impl Fn(&Key) -> bool) -> Option<&'static Slot> {
+        let found = self.chain(hash).find(|(_, slot)| slot.hash.load(Relaxed) == hash && is(slot.key()));
         found.map(|(_, slot)| slot)
     }
 

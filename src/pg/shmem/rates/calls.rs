@@ -1,7 +1,7 @@
 //! Calls: counted, charged, and forgotten again.
 
 use super::{PARTITIONS, Rates, Slot};
-use crate::domain::rate::key::Key;
+use crate::domain::rate::key::{Key, Sought};
 use crate::domain::rate::minute::{self, Step};
 use crate::domain::rate::{Answer, Policy, valid_state};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -64,32 +64,46 @@ impl Rates {
         }
     }
 
+    /// [`Self::count`] for a server and user that are in the table; `None`: they are not. It makes no key, takes no
+    /// memory, raises no error and looks at no interrupts.
+    pub fn count_known(&self, server: &[u8], user: Option<&[u8; 16]>, now: u64, limit: i32) -> Option<bool> {
+        let sought = Sought::server(&self.0.secrets, super::database(), server, user)?;
+        let partition = self.partition(sought.hash);
+        let _shared = partition.share();
+        let slot = self.find_by(sought.hash, |key| sought.is(key))?;
+        let allowed = self.step(slot, now, |state, clock| minute::count(state, clock, limit)).allowed;
+        partition.note(allowed);
+        Some(allowed)
+    }
+
     fn advance(&self, key: &Key, now: u64, step: impl Fn(u64, u32) -> Step) -> Option<Step> {
-        self.with(key, now, |slot| {
-            let mut clock = minute::of(now);
-            let mut state = slot.state.load(Relaxed);
-            loop {
-                if minute::parts(state).0 > clock {
-                    // Perhaps this process was held up since it looked at the clock.
-                    clock = minute::of(super::now());
-                }
-                let step = step(state, clock);
-                if step.state == state {
+        self.with(key, now, |slot| self.step(slot, now, &step))
+    }
+
+    fn step(&self, slot: &Slot, now: u64, step: impl Fn(u64, u32) -> Step) -> Step {
+        let mut clock = minute::of(now);
+        let mut state = slot.state.load(Relaxed);
+        loop {
+            if minute::parts(state).0 > clock {
+                // Perhaps this process was held up since it looked at the clock.
+                clock = minute::of(super::now());
+            }
+            let step = step(state, clock);
+            if step.state == state {
+                return step;
+            }
+            match slot.state.compare_exchange_weak(state, step.state, SeqCst, Relaxed) {
+                Ok(_) => {
+                    if let Some(closed) = step.closed
+                        && slot.second.swap(closed, SeqCst) != 0
+                    {
+                        self.0.unrecorded.fetch_add(1, Relaxed);
+                    }
                     return step;
                 }
-                match slot.state.compare_exchange_weak(state, step.state, SeqCst, Relaxed) {
-                    Ok(_) => {
-                        if let Some(closed) = step.closed
-                            && slot.second.swap(closed, SeqCst) != 0
-                        {
-                            self.0.unrecorded.fetch_add(1, Relaxed);
-                        }
-                        return step;
-                    }
-                    Err(changed) => state = changed,
-                }
+                Err(changed) => state = changed,
             }
-        })
+        }
     }
 
     /// Charges a call where it is allowed. `None`: the table is full.
