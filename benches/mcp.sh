@@ -19,6 +19,8 @@ start_mcp_server() {
         esac
     done
     sql -c "SELECT add_server('bench', 'bench', jsonb_build_object('url', '$mcp_url', 'headers', jsonb_build_object('Authorization', 'Bearer bench')), '$user')" >/dev/null
+    # One that is never reached: it is counted all the same.
+    sql -c "UPDATE user_servers SET rate_limit_per_minute = 2147483647"
 }
 
 call_tools() { # count tool arguments

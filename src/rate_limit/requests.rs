@@ -48,7 +48,8 @@ fn limit_request(
     let details: Vec<_> = denied
         .iter()
         .map(|(Quota { name, limit, window, .. }, _)| {
-            format!("policy \"{name}\" allows {} in {window} seconds", limit.max(&0))
+            let unit = if *window == 1 { "second" } else { "seconds" };
+            format!("policy \"{name}\" allows {} in {window} {unit}", limit.max(&0))
         })
         .collect();
     let row = (

@@ -122,6 +122,41 @@ fn jobs_and_calls_are_counted_together_and_a_reset_lets_jobs_go() {
 }
 
 #[test]
+fn jobs_and_calls_at_the_same_time_never_get_one_too_many() {
+    let cluster = Cluster::start(&[NO_POLL, "nexus_hub.workers_per_database = 2"]);
+    let server = McpServer::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    for name in ["a", "b", "c", "d"] {
+        add_system_server(&mut client, name, &server.config(), 150);
+    }
+    add_system_server(&mut client, "free", &server.config(), 1_000_000);
+    early_in_a_minute(&mut client);
+    for name in ["a", "b", "c", "d"] {
+        insert(&mut client, ALICE, name, 200);
+    }
+    let call = format!(
+        "SELECT s, count(*) FILTER (WHERE check_rate_limit(s, '{ALICE}', 150))
+           FROM generate_series(1, 60), unnest(ARRAY['a', 'b', 'c', 'd']) AS s GROUP BY s ORDER BY s"
+    );
+    let allowed: Vec<Vec<i64>> = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let rows = database.connect().query(&call, &[]).expect("calls");
+                    rows.into_iter().map(|row| row.get(1)).collect()
+                })
+            })
+            .collect();
+        callers.into_iter().map(|caller| caller.join().expect("a caller")).collect()
+    });
+    for (place, name) in ["a", "b", "c", "d"].into_iter().enumerate() {
+        let calls: i64 = allowed.iter().map(|counts| counts[place]).sum();
+        only(&mut client, ALICE, name, 150 - calls);
+    }
+}
+
+#[test]
 fn exemptions_and_changes_of_a_servers_row_count_for_jobs() {
     let cluster = Cluster::start(&["nexus_hub.poll_interval = '1s'"]);
     let server = McpServer::start(&[]);

@@ -114,7 +114,7 @@ fn what_will_never_be_allowed_says_so() {
     let never = postgrest.ask("GET", "/things", &[], "");
     assert_eq!((never.status, never.header("Retry-After")), (429, None));
     assert_eq!(never.body["hint"], "no such request will be allowed");
-    assert_eq!(never.body["details"], "policy \"burst\" allows 0 in 1 seconds");
+    assert_eq!(never.body["details"], "policy \"burst\" allows 0 in 1 second");
 }
 
 #[test]
