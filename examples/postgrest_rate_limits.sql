@@ -14,14 +14,23 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     headers json := nullif(current_setting('request.headers', true), '')::json;
-    -- The last address is the one that your own proxy has seen; those before it are the client's word.
-    address text := (regexp_split_to_array(headers ->> 'x-forwarded-for', '\s*,\s*'))[
-                     array_length(regexp_split_to_array(headers ->> 'x-forwarded-for', '\s*,\s*'), 1)];
-    caller text := coalesce('user ' || public.nexus_hub_uid(), 'address ' || address, 'nobody');
+    -- The last address is the one that your own proxy has seen; those before it are the client's word. Without a proxy of
+    -- your own, all of it is.
+    address text := substring(headers ->> 'x-forwarded-for' FROM '[^,\s]+\s*$');
+    caller text;
 BEGIN
     IF current_setting('role') = 'service_role' THEN
         RETURN;
     END IF;
+    -- Who has one address of IPv6 has 2^64 of them.
+    IF address LIKE '%:%' THEN
+        BEGIN
+            address := network(set_masklen(address::inet, 64));
+        EXCEPTION WHEN data_exception THEN
+            -- No address; as it is.
+        END;
+    END IF;
+    caller := coalesce('user ' || public.nexus_hub_uid(), 'address ' || address, 'nobody');
     PERFORM public.enforce_rate_limits(
         p_policies        => ARRAY['burst',          'hour'],
         p_keys            => ARRAY[caller,           caller],

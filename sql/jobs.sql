@@ -590,6 +590,17 @@ $$;
 COMMENT ON FUNCTION _nexus_hub.claim_jobs(uuid, uuid[], boolean) IS
     'Takes those of the jobs p_ids that are still pending and due, under the lease p_lease. p_careful: passes over rows that a session keeps locked, instead of failing with 55P03. attempts counts this one, and those that ended in a crash of the worker not.';
 
+CREATE FUNCTION _nexus_hub.unclaim_jobs(p_lease uuid, p_ids uuid[]) RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    UPDATE _nexus_hub.job_results AS j
+       SET status = 'pending', started_at = NULL, lease = NULL, attempt = j.attempt - 1
+     WHERE j.id = ANY (p_ids) AND j.lease = p_lease;
+END;
+COMMENT ON FUNCTION _nexus_hub.unclaim_jobs(uuid, uuid[]) IS
+    'Gives jobs back that the running transaction has claimed under the lease, as if it had not: they are over their server''s rate limit.';
+
 CREATE FUNCTION _nexus_hub.lost_jobs(p_ids uuid[], p_leases uuid[]) RETURNS TABLE (id uuid, lease uuid)
 LANGUAGE sql STABLE
 BEGIN ATOMIC

@@ -88,13 +88,19 @@ fn note_exempt(table: Option<Rates>) {
 /// Whether a call goes that there is no room for.
 fn admit_when_full(table: Rates, now: u64) -> bool {
     let allows = guc::allows_when_full();
-    if table.note_full(now) {
+    table.note_full();
+    warn_when_full(table, now, allows);
+    allows
+}
+
+/// Has the log tell that there is no room, at most once a minute.
+fn warn_when_full(table: Rates, now: u64, allows: bool) {
+    if table.is_warning_due(now) {
         log!(
             "nexus_hub: the table of rate limits is full, and calls with new keys are {}: raise nexus_hub.rate_limit_max_keys",
             if allows { "allowed" } else { "refused" }
         );
     }
-    allows
 }
 
 /// Charges a call to a key; see the function's COMMENT.

@@ -113,7 +113,10 @@ impl ServerRow {
 
     /// Requests a minute that its row allows a user's jobs; `None`: any number.
     pub fn rate_limit(&self) -> Option<i32> {
-        if self.is_users_own() { self.user_rate_limit } else { self.system_rate_limit }
+        if self.is_users_own() {
+            return self.user_rate_limit;
+        }
+        self.system_rate_limit.filter(|_| self.system_enabled == Some(true))
     }
 
     /// The server that jobs with this server id go to, its placeholders not filled in. The error is for the job's row.

@@ -14,7 +14,7 @@ mod table;
 pub use cursor::{Position, Read, ReadKind, Row};
 pub use hosts::{BreakerState, Reach};
 pub use places::Counted;
-pub use rest::Meter;
+pub use rest::{Charge, Meter, Rate};
 
 use super::breaker::{Breaker, Pass, Rules};
 use cursor::Cursor;
@@ -64,8 +64,7 @@ pub struct Route {
     pub host: String,
     /// The server, and how many requests it may have in flight.
     pub server: Option<(String, usize)>,
-    /// Requests that the lane may make in a window; `None`: any number.
-    pub rate_limit: Option<i32>,
+    pub rate: Rate,
 }
 
 /// A job that waits.
@@ -88,9 +87,11 @@ struct Lane {
     user: Option<usize>,
     host: Option<usize>,
     server: Option<usize>,
-    rate_limit: Option<i32>,
+    rate: Rate,
     /// It has used up its rate limit.
     rests: bool,
+    /// Priorities of which it has no turns as long as it rests, as bits.
+    set_aside: u16,
 }
 
 impl Lane {
@@ -107,8 +108,8 @@ pub struct Pick {
     pub lane: LaneId,
     pub counted: Counted,
     pub priority: usize,
-    /// The window of its lane's rate limit that it was counted in.
-    pub window: Option<u32>,
+    /// What was counted against its lane's rate limit.
+    pub charge: Option<Charge>,
     /// `Some`: it is not to be sent, but shares the failure of its host's probe.
     pub failure: Option<Rc<str>>,
 }
@@ -202,6 +203,17 @@ impl Schedule {
         ids.into_iter().filter_map(|id| self.lane(id).map(|lane| (id, lane.key.clone()))).collect()
     }
 
+    /// These lanes, as far as they are still there.
+    pub fn lanes(&self, ids: &[LaneId]) -> Vec<(LaneId, LaneKey)> {
+        let lane = |id: &LaneId| self.lanes.get(*id)?.as_ref().map(|lane| (*id, lane.key.clone()));
+        ids.iter().filter_map(lane).collect()
+    }
+
+    /// Whether nothing is known of any job.
+    pub fn is_empty(&self) -> bool {
+        self.lane_of.is_empty()
+    }
+
     /// Up to `limit` MCP lanes in which jobs wait, others each time: their servers' configs may have changed.
     pub fn mcp_lanes(&mut self, limit: usize) -> Vec<(LaneId, LaneKey)> {
         let is_stale = |id: &LaneId| {
@@ -224,7 +236,7 @@ impl Schedule {
         });
         // Whatever it waited for there.
         self.unpark_around(id);
-        self.limit_rate(id, route.and_then(|route| route.rate_limit));
+        self.set_rate(id, route.map_or(Rate::Unmetered, |route| route.rate));
         let Some(lane) = self.lanes.get_mut(id).and_then(Option::as_mut) else { return };
         lane.is_routed = true;
         // What is in flight counts where it was sent.
@@ -237,6 +249,7 @@ impl Schedule {
     /// [`Schedule::put_back`].
     pub fn pick(&mut self, limit: usize, now: Instant) -> Vec<Pick> {
         let (mut picks, mut bytes) = (Vec::new(), 0);
+        let mut has_passed_on = false;
         // No more than half of the batch, so that the jobs of hosts that answer keep their pace.
         while picks.len() < limit.div_ceil(2)
             && let Some(pick) = self.doomed.pop_front()
@@ -269,19 +282,30 @@ impl Schedule {
                         }
                         continue;
                     }
+                    Gate::Rests => {
+                        lane.set_aside |= 1 << priority;
+                        continue;
+                    }
                     Gate::Unrouted => {
                         unrouted.push_back(id);
                         continue;
                     }
                     Gate::Open | Gate::Probe => {}
                 }
-                let window = match lane.rate_limit.map(|limit| self.meter.charge(&lane.key, limit)).transpose() {
-                    Ok(window) => window,
+                let charge = match lane.rate {
+                    Rate::Unmetered => Ok(None),
+                    Rate::Metered(own) => self.meter.charge(&lane.key, own),
+                };
+                let charge = match charge {
+                    Ok(charge) => charge,
                     Err(time) => {
-                        let host = lane.host.filter(|_| matches!(gate, Gate::Probe));
-                        self.rest(id, priority, now + time);
-                        // The probe may be another lane's.
-                        host.into_iter().for_each(|host| self.unpark(Place::Host(host), 1));
+                        lane.set_aside |= 1 << priority;
+                        // The probe may be another lane's, whose turn may be over.
+                        if let (Gate::Probe, Some(host)) = (gate, lane.host) {
+                            has_passed_on = true;
+                            self.unpark(Place::Host(host), 1);
+                        }
+                        self.rest(id, now + time);
                         continue;
                     }
                 };
@@ -294,11 +318,11 @@ impl Schedule {
                     self.probe(host, position.id);
                 }
                 self.look_for_more(id, priority);
-                picks.push(Pick { position, bytes: size, lane: id, counted, priority, window, failure: None });
+                picks.push(Pick { position, bytes: size, lane: id, counted, priority, charge, failure: None });
             }
             self.turns[priority].append(&mut unrouted);
         }
-        self.has_more = picks.len() >= limit || bytes >= MAX_CLAIM_BYTES;
+        self.has_more = picks.len() >= limit || bytes >= MAX_CLAIM_BYTES || has_passed_on;
         picks
     }
 
@@ -333,8 +357,9 @@ impl Schedule {
     /// A job that was picked was not sent: neither its place nor its lane's rate limit is used up.
     pub fn not_sent(&mut self, pick: &Pick, now: Instant) {
         self.finished(pick.lane, pick.counted, pick.position.id, &Reach::Unknown, now);
-        if let (Some(window), Some(lane)) = (pick.window, self.lanes.get(pick.lane).and_then(Option::as_ref)) {
-            self.meter.refund(&lane.key, window);
+        if let (Some(charge), Some(lane)) = (pick.charge, self.lanes.get(pick.lane).and_then(Option::as_ref)) {
+            self.meter.refund(&lane.key, charge);
+            self.wake_lane(pick.lane);
         }
     }
 
@@ -381,7 +406,7 @@ impl Schedule {
         self.strained.retain(|place| match place {
             Place::User(user) => users.is_used(*user),
             Place::Host(host) => hosts.is_used(*host),
-            Place::Server(_) | Place::Window => false,
+            Place::Server(_) => false,
         });
     }
 }

@@ -57,6 +57,7 @@ pub struct Queue {
     servers: OwnedPreparedStatement,
     secrets: OwnedPreparedStatement,
     claim: OwnedPreparedStatement,
+    unclaim: OwnedPreparedStatement,
     complete: OwnedPreparedStatement,
     lost: OwnedPreparedStatement,
     held: OwnedPreparedStatement,
@@ -129,6 +130,10 @@ impl Queue {
                     "SELECT id, user_id, job_type, server_id, tool_name, params, timeout_ms, attempts, max_attempts
                        FROM _nexus_hub.claim_jobs($1, $2, $3)",
                     &[Oids::UUIDOID, Oids::UUIDARRAYOID, Oids::BOOLOID],
+                )?,
+                unclaim: prepare(
+                    "SELECT _nexus_hub.unclaim_jobs($1, $2)",
+                    &[Oids::UUIDOID, Oids::UUIDARRAYOID],
                 )?,
                 complete: prepare(
                     "SELECT id, lease FROM _nexus_hub.complete_jobs($1, $2, $3, $4, $5, $6, $7)",
@@ -286,6 +291,12 @@ impl Queue {
         })?;
         self.add_servers(&mut claimed)?;
         Ok(claimed)
+    }
+
+    /// Gives jobs back that were claimed in this transaction, as if they had not been.
+    pub fn unclaim(&self, lease: Uuid, jobs: impl Iterator<Item = u128>) -> Result<(), SpiError> {
+        let jobs: Vec<_> = jobs.map(|job| pgrx::Uuid::from_bytes(job.to_be_bytes())).collect();
+        Spi::connect_mut(|client| client.update(&self.unclaim, None, &[datum(lease).into(), jobs.into()]).map(|_| ()))
     }
 
     /// Gives MCP jobs their servers, each of which is read once.

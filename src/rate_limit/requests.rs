@@ -37,8 +37,8 @@ fn limit_request(
         .zip(&requests)
         .zip(&rows)
         .map(|((name, request), row)| {
-            let (limit, remaining, reset) = (row.limit, row.remaining, row.reset);
-            Quota { name, limit, window: request.window, remaining, reset }
+            let reset = (row.limit > 0).then_some(row.reset);
+            Quota { name, limit: row.limit, window: request.window, remaining: row.remaining, reset }
         })
         .collect();
     let denied: Vec<_> = quotas.iter().zip(&rows).filter(|(_, row)| !row.allowed).collect();

@@ -62,10 +62,16 @@ pub fn unreadable(problem: SpiError) -> ErrorReport {
 /// What is said of calls of a user to a server: an exemption of either, else the override of both, of the user, of the
 /// server.
 pub fn of_server(table: Option<Rates>, server: &str, user: Option<&[u8; 16]>, now: u64) -> Result<Rule, SpiError> {
-    if !refresh(table, now)? {
-        return Ok(Rule::None);
+    refresh(table, now)?;
+    Ok(of_server_as_known(server, user))
+}
+
+/// The same by what was read last.
+pub fn of_server_as_known(server: &str, user: Option<&[u8; 16]>) -> Rule {
+    if !ANY.load(Relaxed) {
+        return Rule::None;
     }
-    Ok(RULES.with_borrow(|rules| {
+    RULES.with_borrow(|rules| {
         if rules.exempt.contains(server) || user.is_some_and(|user| rules.exempt_users.contains(user)) {
             return Rule::Exempt;
         }
@@ -74,7 +80,7 @@ pub fn of_server(table: Option<Rates>, server: &str, user: Option<&[u8; 16]>, no
             pair.or_else(|| rules.users.get(user))
         });
         of_user.or_else(|| rules.servers.get(server)).map_or(Rule::None, |limit| Rule::Limit(*limit))
-    }))
+    })
 }
 
 /// What is said of a text.
@@ -91,7 +97,7 @@ pub fn of_text(table: Option<Rates>, text: &str, now: u64) -> Result<Rule, SpiEr
 }
 
 /// Reads them again if they may have changed, and tells whether there are any.
-fn refresh(table: Option<Rates>, now: u64) -> Result<bool, SpiError> {
+pub fn refresh(table: Option<Rates>, now: u64) -> Result<bool, SpiError> {
     // Looked at before reading: what changes meanwhile is read the next time.
     let version = table.map_or(0, |table| table.rules());
     if is_known(version, now) {

@@ -3,7 +3,7 @@
 use super::fill::Secrets;
 use crate::domain::backoff;
 use crate::domain::job::JobType;
-use crate::domain::schedule::Route;
+use crate::domain::schedule::{Rate, Route};
 use crate::domain::secret::Secret;
 use crate::jobs::queue::{ClaimedJob, Completion};
 use crate::net::endpoint;
@@ -45,20 +45,19 @@ impl Edge {
     /// Where all MCP jobs go.
     pub fn route(&self) -> Route {
         // Rate limits are the executor's business, which has check_rate_limit for them.
-        Route { host: endpoint::authority(&self.url), server: None, rate_limit: None }
+        Route { host: endpoint::authority(&self.url), server: None, rate: Rate::Unmetered }
     }
 }
 
-/// Where the jobs of a server go, and how often; `None` when that cannot be told. `rate_limit`: the one that counts,
-/// whatever the server's row says.
-pub fn route(user: Option<u128>, server_id: &str, server: &ServerRow, rate_limit: Option<i32>) -> Option<Route> {
-    let endpoint = server.endpoint(server_id).ok()?;
+/// Where the jobs of a server go; `None` when that cannot be told.
+pub fn route(user: Option<u128>, server_id: &str, row: &ServerRow) -> Option<Route> {
+    let endpoint = row.endpoint(server_id).ok()?;
     // A server of everybody's has one cap for all of them.
-    let owner =
-        user.filter(|_| server.is_users_own()).map(|user| Uuid::from_u128(user).to_string()).unwrap_or_default();
+    let owner = user.filter(|_| row.is_users_own()).map(|user| Uuid::from_u128(user).to_string()).unwrap_or_default();
     let cap = endpoint.max_in_flight.unwrap_or(usize::MAX);
     let server = Some((format!("{owner}/{server_id}"), cap));
-    Some(Route { host: endpoint::authority(&endpoint.url), server, rate_limit })
+    let rate = Rate::Metered(row.rate_limit());
+    Some(Route { host: endpoint::authority(&endpoint.url), server, rate })
 }
 
 /// Attempts that a job may have in all.

@@ -1,7 +1,6 @@
 //! What the worker takes from the table: reads, in small pieces, and picks, which are then claimed.
 
 use super::assign::{self, Edge};
-use super::limits;
 use crate::domain::schedule::{LaneId, LaneKey, Pick, ReadKind, Schedule};
 use crate::jobs::queue::Queue;
 use pgrx::spi::SpiError;
@@ -164,8 +163,7 @@ pub fn route(
     let (ids, keys): (Vec<_>, Vec<_>) = lanes.into_iter().unzip();
     let servers = queue.servers(&keys)?;
     for ((lane, key), server) in ids.into_iter().zip(&keys).zip(&servers) {
-        let rate_limit = limits::of_lane(key, server)?;
-        schedule.route(lane, assign::route(key.user, &key.target, server, rate_limit).as_ref());
+        schedule.route(lane, assign::route(key.user, &key.target, server).as_ref());
     }
     Ok(())
 }

@@ -1,13 +1,16 @@
 //! The worker's part in rate limits: jobs keep to them, and minutes that are over go from shared memory into the table.
 
 use super::run::Worker;
-use crate::domain::schedule::{LaneKey, Meter};
+use crate::domain::job::JobType;
+use crate::domain::schedule::{Charge, LaneId, LaneKey, Meter, Pick};
+use crate::jobs::queue::ClaimedJob;
 use crate::pg::{catalog, transaction};
 use crate::rate_limit::jobs;
-use crate::servers::ServerRow;
 use pgrx::prelude::*;
 use pgrx::spi::SpiError;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 
 /// Counts the requests of MCP jobs in shared memory.
 pub struct SharedMeter;
@@ -17,18 +20,60 @@ fn user(lane: &LaneKey) -> Option<[u8; 16]> {
 }
 
 impl Meter for SharedMeter {
-    fn charge(&mut self, lane: &LaneKey, limit: i32) -> Result<u32, Duration> {
-        jobs::charge(&lane.target, user(lane).as_ref(), limit)
+    fn charge(&mut self, lane: &LaneKey, own: Option<i32>) -> Result<Option<Charge>, Duration> {
+        let user = user(lane);
+        let limit = jobs::limit_as_known(&lane.target, user.as_ref(), own);
+        let charge = |limit| jobs::charge(&lane.target, user.as_ref(), limit).map(|window| Charge { window, limit });
+        limit.map(charge).transpose()
     }
 
-    fn refund(&mut self, lane: &LaneKey, window: u32) {
-        jobs::refund(&lane.target, user(lane).as_ref(), window);
+    fn refund(&mut self, lane: &LaneKey, charge: Charge) {
+        jobs::refund(&lane.target, user(lane).as_ref(), charge.window);
     }
 }
 
-/// The rate limit of a lane. Call it in a transaction.
-pub fn of_lane(lane: &LaneKey, server: &ServerRow) -> Result<Option<i32>, SpiError> {
-    jobs::limit(&lane.target, user(lane).as_ref(), server.rate_limit())
+/// What was found of claimed jobs whose lanes' limits were not those that count.
+#[derive(Debug, Default)]
+pub struct Recount {
+    /// Jobs that are over the limit, and how long they have to wait.
+    pub held_back: HashMap<u128, Duration>,
+    /// Lanes that lead elsewhere by now, or under another limit.
+    pub lanes: Vec<LaneId>,
+}
+
+/// Counts claimed jobs anew whose servers or limits have changed since they were picked. Nobody gets past a limit by
+/// changing servers between two looks at them. Call it in the transaction that has claimed them.
+pub fn recount(picks: &mut [Pick], claimed: &[ClaimedJob]) -> Result<Recount, SpiError> {
+    let mut recount = Recount::default();
+    if claimed.iter().all(|job| job.job_type == JobType::HTTP_REQUEST) {
+        return Ok(recount);
+    }
+    let mut picks: HashMap<u128, &mut Pick> = picks.iter_mut().map(|pick| (pick.position.id, pick)).collect();
+    for job in claimed {
+        let Some(pick) = picks.get_mut(&job.id.as_u128()).filter(|pick| pick.failure.is_none()) else { continue };
+        let Some(server) = job.server_id.as_deref().filter(|_| job.job_type != JobType::HTTP_REQUEST) else { continue };
+        // What goes nowhere is not counted.
+        if job.server.endpoint(server).is_err() {
+            continue;
+        }
+        let user = job.user_id.map(Uuid::into_bytes);
+        let limit = jobs::limit(server, user.as_ref(), job.server.rate_limit())?;
+        if limit == pick.charge.map(|charge| charge.limit) {
+            continue;
+        }
+        recount.lanes.push(pick.lane);
+        if let Some(charge) = pick.charge.take() {
+            jobs::refund(server, user.as_ref(), charge.window);
+        }
+        match limit.map(|limit| jobs::charge(server, user.as_ref(), limit).map(|window| Charge { window, limit })) {
+            None => {}
+            Some(Ok(charge)) => pick.charge = Some(charge),
+            Some(Err(time)) => _ = recount.held_back.insert(job.id.as_u128(), time),
+        }
+    }
+    recount.lanes.sort_unstable();
+    recount.lanes.dedup();
+    Ok(recount)
 }
 
 impl Worker {

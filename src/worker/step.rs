@@ -4,6 +4,7 @@ use super::assign;
 use super::backlog::Finished;
 use super::feed;
 use super::fill::Secrets;
+use super::limits;
 use super::run::{FLUSH_TIME, RESTART, Worker};
 use super::start;
 use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
@@ -12,6 +13,7 @@ use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
 use crate::pg::transaction::Durability;
 use crate::pg::{bgworker, catalog, shmem, transaction};
+use crate::rate_limit;
 use crate::vault::online;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
@@ -47,6 +49,8 @@ pub struct Done {
     claimed: Vec<ClaimedJob>,
     /// What they name.
     secrets: Secrets,
+    /// Of those that were picked, what is over its rate limit: how long it has to wait.
+    held_back: HashMap<u128, Duration>,
     /// Jobs in flight that are no longer to be run.
     lost: Vec<Claim>,
 }
@@ -76,8 +80,6 @@ impl Worker {
         // The poll looks at everything.
         if poll {
             self.schedule.wake();
-            // Somebody may have reset a limit.
-            self.schedule.end_rest();
         }
         self.looked_at = now;
         // What was committed since may go before what is known: it is read first.
@@ -143,6 +145,11 @@ impl Worker {
                     }
                     let lanes = schedule.mcp_lanes(MAX_ROUTES);
                     feed::route(queue, schedule, edge.as_ref(), lanes)?;
+                    if !schedule.is_empty() {
+                        rate_limit::jobs::refresh()?;
+                    }
+                    // Somebody may have changed or reset a limit.
+                    schedule.end_rest();
                 }
                 if look && !in_flight.is_empty() {
                     done.lost = queue.lost(in_flight.keys().copied())?;
@@ -162,6 +169,16 @@ impl Worker {
                 if !picks.is_empty() {
                     let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
                     done.claimed = queue.claim(lease, &jobs, careful)?;
+                    if edge.is_none() {
+                        let recount = limits::recount(picks, &done.claimed)?;
+                        if !recount.held_back.is_empty() {
+                            queue.unclaim(lease, recount.held_back.keys().copied())?;
+                            done.claimed.retain(|job| !recount.held_back.contains_key(&job.id.as_u128()));
+                        }
+                        let lanes = schedule.lanes(&recount.lanes);
+                        feed::route(queue, schedule, None, lanes)?;
+                        done.held_back = recount.held_back;
+                    }
                     done.secrets = Secrets::read(queue, &done.claimed, edge.is_some())?;
                 }
                 Ok::<_, pgrx::spi::SpiError>(done)
@@ -185,7 +202,7 @@ impl Worker {
         }
         self.failures = 0;
         self.not_before = None;
-        self.picks_due = may_claim && self.schedule.has_more();
+        self.picks_due = may_claim && (self.schedule.has_more() || poll);
         self.outdated |= outdated;
         self.breakers.clear();
         if poll {
@@ -211,8 +228,15 @@ impl Worker {
                 self.schedule.finished(running.lane, running.counted, claim.0.as_u128(), &Reach::Unknown, now);
             }
         }
-        let picks = std::mem::take(&mut self.picks);
+        let (held_back, picks): (Vec<_>, Vec<_>) = std::mem::take(&mut self.picks)
+            .into_iter()
+            .partition(|pick| done.held_back.contains_key(&pick.position.id));
         self.schedule.claimed(&picks);
+        // The last one first, because each goes before those that wait.
+        for pick in held_back.into_iter().rev() {
+            let time = done.held_back.get(&pick.position.id).copied().unwrap_or_default();
+            self.schedule.hold_back(pick, now + time, now);
+        }
         let mut claimed: HashMap<u128, ClaimedJob> =
             done.claimed.into_iter().map(|job| (job.id.as_u128(), job)).collect();
         for pick in picks {

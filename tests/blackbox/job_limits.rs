@@ -189,6 +189,77 @@ fn exemptions_and_changes_of_a_servers_row_count_for_jobs() {
 }
 
 #[test]
+fn nobody_gets_past_a_limit_by_changing_servers_and_a_lower_one_counts_at_the_next_claim() {
+    let cluster = Cluster::start(&[NO_POLL]);
+    let server = McpServer::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_system_server(&mut client, "lowered", &server.config(), 1000);
+    add_system_server(&mut client, "shared", &server.config(), 5);
+    add_system_server(&mut client, "free", &server.config(), 1_000_000);
+    let own = add_server(&mut client, "shared", server.config());
+    early_in_a_minute(&mut client);
+    // The lane of these jobs leads to the user's own server, which has no limit.
+    insert(&mut client, ALICE, "shared", 20);
+    only(&mut client, ALICE, "shared", 20);
+    client.execute("SELECT update_server($1, p_enabled => false)", &[&own]).expect("update_server");
+    insert(&mut client, ALICE, "shared", 300);
+    only(&mut client, ALICE, "shared", 25);
+    let count =
+        format!("SELECT request_count FROM rate_limit_tracking WHERE server_id = 'shared' AND user_id = '{ALICE}'");
+    assert_eq!(value::<i32>(&mut client, &count), 5);
+    let untouched = "SELECT count(*) FROM job_results WHERE status = 'pending' AND attempt = 0 AND started_at IS NULL";
+    assert_eq!(value::<i64>(&mut client, untouched), 295, "what was claimed and given back is as it was");
+    insert(&mut client, ALICE, "lowered", 10);
+    only(&mut client, ALICE, "lowered", 10);
+    client.batch_execute("UPDATE system_servers SET rate_limit_per_minute = 15 WHERE id = 'lowered'").expect("UPDATE");
+    insert(&mut client, ALICE, "lowered", 50);
+    only(&mut client, ALICE, "lowered", 15);
+}
+
+#[test]
+fn jobs_that_are_cancelled_or_locked_use_nothing_up() {
+    let cluster = Cluster::start(&[NO_POLL]);
+    let server = McpServer::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_system_server(&mut client, "narrow", &server.config(), 5);
+    add_system_server(&mut client, "free", &server.config(), 1_000_000);
+    early_in_a_minute(&mut client);
+    let minute: String = value(&mut client, "SELECT date_trunc('minute', clock_timestamp())::text");
+    insert(&mut client, ALICE, "narrow", 65);
+    only(&mut client, ALICE, "narrow", 5);
+    client.batch_execute("UPDATE job_results SET status = 'cancelled' WHERE status = 'pending'").expect("UPDATE");
+    value::<bool>(&mut client, &format!("SELECT reset_server_rate_limit('narrow', '{ALICE}')"));
+    let job = create_job(&mut client, "tool_invoke", "narrow", Some("add"), json!({"a": 1, "b": 2}));
+    wait_for_job(&mut client, job).completed();
+    let started: String = value(
+        &mut client,
+        &format!("SELECT date_trunc('minute', started_at)::text FROM job_results WHERE id = '{job}'"),
+    );
+    assert_eq!(started, minute, "it has not waited for the next one");
+
+    // Of five that may go, one is locked by somebody: another one goes instead.
+    let mut other = database.connect();
+    other.batch_execute("BEGIN").expect("BEGIN");
+    early_in_a_minute(&mut client);
+    client.batch_execute("BEGIN").expect("BEGIN");
+    insert(&mut client, BOB, "narrow", 20);
+    let first: uuid::Uuid = value(&mut client, "SELECT min(id::text)::uuid FROM job_results WHERE status = 'pending'");
+    client
+        .batch_execute("UPDATE job_results SET run_at = now() + interval '700 ms' WHERE status = 'pending'")
+        .expect("UPDATE");
+    client.batch_execute("COMMIT").expect("COMMIT");
+    other.execute("SELECT FROM job_results WHERE id = $1 FOR UPDATE", &[&first]).expect("a lock");
+    wait_until("five others are completed", || jobs(&mut client, BOB, "narrow", "completed") == 5);
+    assert_eq!(
+        value::<String>(&mut client, &format!("SELECT status FROM job_results WHERE id = '{first}'")),
+        "pending"
+    );
+    other.batch_execute("ROLLBACK").expect("ROLLBACK");
+}
+
+#[test]
 fn every_attempt_counts() {
     let cluster = Cluster::start(&[NO_POLL, "nexus_hub.retry_base_delay = '1ms'", "nexus_hub.retry_max_delay = '1ms'"]);
     let broken = FakeServer::start(|_| Some(Answer::new("503 Service Unavailable", "text/plain", "not now")));

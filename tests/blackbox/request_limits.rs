@@ -72,6 +72,15 @@ fn gets_and_posts_are_counted_together_and_one_too_many_is_answered_with_429() {
     // What another one has forwarded in front of the address helps nobody.
     assert_eq!(postgrest.ask("GET", "/things", &from("198.51.100.7, 203.0.113.1"), "").status, 429);
     assert_eq!(postgrest.ask("GET", "/things", &from("203.0.113.2"), "").status, 200);
+    // Of IPv6, a network counts as one.
+    let statuses: Vec<_> = (0..6)
+        .map(|n| {
+            postgrest.ask("GET", "/things", &[("X-Forwarded-For", format!("2001:db8::{n}:1").as_str())], "").status
+        })
+        .collect();
+    assert_eq!(statuses, [200, 200, 200, 200, 200, 429]);
+    assert_eq!(postgrest.ask("GET", "/things", &from("2001:db8:0:1::1"), "").status, 200);
+    assert_eq!(postgrest.ask("GET", "/things", &from(":::not an address:"), "").status, 200);
     assert_eq!(postgrest.ask("GET", "/things", &[], "").status, 200, "without an address");
 }
 
@@ -113,6 +122,7 @@ fn what_will_never_be_allowed_says_so() {
     let (_database, postgrest) = served(&[("ARRAY[20,               5000]", "ARRAY[0, 10]")]);
     let never = postgrest.ask("GET", "/things", &[], "");
     assert_eq!((never.status, never.header("Retry-After")), (429, None));
+    assert_eq!(never.header("RateLimit"), Some("\"burst\";r=0, \"hour\";r=10;t=0"));
     assert_eq!(never.body["hint"], "no such request will be allowed");
     assert_eq!(never.body["details"], "policy \"burst\" allows 0 in 1 second");
 }

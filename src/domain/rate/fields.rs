@@ -16,8 +16,8 @@ pub struct Quota<'a> {
     /// Seconds.
     pub window: u32,
     pub remaining: i32,
-    /// Seconds until the limit is full again.
-    pub reset: f64,
+    /// Seconds until the limit is full again; `None`: there is never anything of it.
+    pub reset: Option<f64>,
 }
 
 /// Whether a policy may have that name: 1 to 64 printable characters of ASCII, which is what a string of a structured
@@ -38,7 +38,8 @@ pub fn policies(quotas: &[Quota<'_>]) -> String {
 pub fn limits(quotas: &[Quota<'_>]) -> String {
     list(quotas, |text, quota| {
         let remaining = quota.remaining.max(0);
-        write!(text, ";r={remaining};t={}", whole_seconds(quota.reset))
+        write!(text, ";r={remaining}")?;
+        quota.reset.map_or(Ok(()), |time| write!(text, ";t={}", whole_seconds(time)))
     })
 }
 
@@ -72,21 +73,22 @@ fn list(quotas: &[Quota<'_>], parameters: impl Fn(&mut String, &Quota<'_>) -> st
 mod tests {
     use super::*;
 
-    const BURST: Quota<'_> = Quota { name: "burst", limit: 100, window: 60, remaining: 50, reset: 29.2 };
+    const BURST: Quota<'_> = Quota { name: "burst", limit: 100, window: 60, remaining: 50, reset: Some(29.2) };
 
     #[test]
     fn fields_are_those_of_the_draft() {
-        let day = Quota { name: "per day", limit: 1000, window: 86_400, remaining: 0, reset: 86_399.000001 };
+        let day = Quota { name: "per day", limit: 1000, window: 86_400, remaining: 0, reset: Some(86_399.000001) };
         assert_eq!(policies(&[BURST]), "\"burst\";q=100;w=60");
         assert_eq!(limits(&[BURST]), "\"burst\";r=50;t=30");
         assert_eq!(policies(&[BURST, day]), "\"burst\";q=100;w=60, \"per day\";q=1000;w=86400");
         assert_eq!(limits(&[BURST, day]), "\"burst\";r=50;t=30, \"per day\";r=0;t=86400");
         assert_eq!(policies(&[]), "");
+        assert_eq!(limits(&[Quota { reset: None, ..BURST }]), "\"burst\";r=50");
     }
 
     #[test]
     fn a_name_cannot_break_out_of_its_quotes_nor_a_number_below_zero() {
-        let odd = Quota { name: "a\"; q=9\\", limit: -3, window: 1, remaining: -1, reset: -0.5 };
+        let odd = Quota { name: "a\"; q=9\\", limit: -3, window: 1, remaining: -1, reset: Some(-0.5) };
         assert_eq!(policies(&[odd]), "\"a\\\"; q=9\\\\\";q=0;w=1");
         assert_eq!(limits(&[odd]), "\"a\\\"; q=9\\\\\";r=0;t=0");
     }

@@ -6,8 +6,8 @@
 //! committed later: the table is read again from its beginning now and then. And a lane that was full when its jobs
 //! were passed has a *gap*, which is *refilled* once there is room again.
 
-use super::{LANE_LOW, LANE_ROOM, Lane, LaneId, LaneKey, PRIORITIES, Schedule, TOTAL_ROOM, Waiting};
-use std::collections::VecDeque;
+use super::{LANE_LOW, LANE_ROOM, Lane, LaneId, LaneKey, PRIORITIES, Rate, Schedule, TOTAL_ROOM, Waiting};
+use std::collections::{HashSet, VecDeque};
 
 /// Rows of one read.
 const CHUNK: usize = 512;
@@ -206,25 +206,37 @@ impl Schedule {
         }
     }
 
-    /// Has the longest lane forget the later half of its jobs, to be read again. `false`: all are short.
+    /// Has the longest lane forget the later half of its jobs, to be read again; where all are short, those that rest
+    /// all of theirs. `false`: there are none.
     fn make_room(&mut self) -> bool {
         let lanes = self.lanes.iter().enumerate().filter_map(|(id, lane)| lane.as_ref().map(|lane| (id, lane)));
         let lengths = lanes.flat_map(|(id, lane)| {
             lane.waiting.iter().enumerate().map(move |(priority, waiting)| (waiting.len(), id, priority))
         });
         let Some((length, id, priority)) = lengths.max().filter(|(length, ..)| *length >= LANE_SHORT) else {
-            return false;
+            return self.forget_resting();
         };
+        self.forget_waiting(id, priority, length / 2);
+        true
+    }
+
+    /// Forgets the jobs of a lane from one on, to be read again.
+    pub(super) fn forget_waiting(&mut self, id: LaneId, priority: usize, from: usize) {
         let run = self.cursors[priority].run;
-        let Some(lane) = self.lanes[id].as_mut() else { return false };
-        let dropped = lane.waiting[priority].split_off(length / 2);
-        let start = dropped.front().map(|waiting| waiting.position);
-        lane.gap[priority] = lane.gap[priority].into_iter().chain(start).min();
+        let Some(lane) = self.lanes[id].as_mut() else { return };
+        let dropped = lane.waiting[priority].split_off(from);
+        let Some(start) = dropped.front().map(|waiting| waiting.position) else { return };
+        lane.gap[priority] = lane.gap[priority].into_iter().chain([start]).min();
         lane.stopped[priority] = run;
         for waiting in dropped {
             self.known.remove(&waiting.position.id);
         }
-        true
+    }
+
+    /// Lanes are gone.
+    pub(super) fn forget_lanes(&mut self, lanes: &HashSet<LaneId>) {
+        self.cursors.iter_mut().for_each(|cursor| cursor.wanting.retain(|id| !lanes.contains(id)));
+        self.unrouted.retain(|id| !lanes.contains(id));
     }
 
     fn offer(&mut self, kind: ReadKind, priority: usize, job: Waiting, key: LaneKey) {
@@ -306,8 +318,9 @@ impl Schedule {
             user,
             host,
             server: None,
-            rate_limit: None,
+            rate: Rate::Unmetered,
             rests: false,
+            set_aside: 0,
             key: key.clone(),
         };
         let id = match self.free_lanes.pop() {

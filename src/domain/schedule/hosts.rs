@@ -107,7 +107,7 @@ impl Schedule {
                     lane: id,
                     counted: Counted::default(),
                     priority,
-                    window: None,
+                    charge: None,
                     failure: Some(Rc::clone(&error)),
                 }));
                 self.look_for_more(id, priority);

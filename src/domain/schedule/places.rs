@@ -30,6 +30,8 @@ pub enum Gate {
     Probe,
     /// And whether a larger share of what is free would open it.
     ShutBy(Place, bool),
+    /// It has used up its rate limit.
+    Rests,
     /// Nobody knows yet where its jobs go.
     Unrouted,
 }
@@ -40,8 +42,6 @@ pub enum Place {
     User(usize),
     Server(usize),
     Host(usize),
-    /// The next window of rate limits.
-    Window,
 }
 
 /// Lanes that get another chance when one request has ended: its own place, and one more in case there is room for it.
@@ -61,7 +61,7 @@ impl Schedule {
             return Gate::Unrouted;
         };
         if lane.rests {
-            return Gate::ShutBy(Place::Window, false);
+            return Gate::Rests;
         }
         let fair = self.room().saturating_mul(FAIR_SHARE);
         if let Some(user) = lane.user.filter(|user| self.users[*user].in_flight >= fair) {
@@ -86,7 +86,6 @@ impl Schedule {
             Place::User(user) => &mut self.users[user].parked,
             Place::Server(server) => &mut self.servers[server].parked,
             Place::Host(host) => &mut self.hosts[host].parked,
-            Place::Window => &mut self.resting.parked,
         }
     }
 
@@ -97,7 +96,7 @@ impl Schedule {
             let (in_flight, most) = match place {
                 Place::User(user) => (self.users[user].in_flight, fair),
                 Place::Host(host) => (self.hosts[host].in_flight, fair.min(self.caps.per_host)),
-                Place::Server(_) | Place::Window => (0, usize::MAX),
+                Place::Server(server) => (self.servers[server].in_flight, usize::MAX),
             };
             self.unpark(place, most.saturating_sub(in_flight));
             if self.parked(place).is_empty() {
@@ -139,7 +138,6 @@ impl Schedule {
                 Place::User(user) => add(&mut self.users[user].in_flight),
                 Place::Server(server) => add(&mut self.servers[server].in_flight),
                 Place::Host(host) => add(&mut self.hosts[host].in_flight),
-                Place::Window => {}
             }
             if !more {
                 self.unpark(place, UNPARKED);

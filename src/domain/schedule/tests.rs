@@ -52,7 +52,7 @@ impl Table {
             schedule.take(read, rows);
         }
         for (lane, key) in schedule.take_unrouted() {
-            schedule.route(lane, Some(&Route { host: key.target.clone(), server: None, rate_limit: None }));
+            schedule.route(lane, Some(&Route { host: key.target.clone(), server: None, rate: Rate::Unmetered }));
         }
         !reads.is_empty()
     }
@@ -102,7 +102,7 @@ fn a_server_never_has_more_in_flight_than_its_cap_whoever_calls_it() {
         schedule.take(&read, rows);
     }
     assert!(schedule.pick(9, now).is_empty(), "their routes are not known");
-    let route = Route { host: "h:1".into(), server: Some(("s".into(), 3)), rate_limit: None };
+    let route = Route { host: "h:1".into(), server: Some(("s".into(), 3)), rate: Rate::Unmetered };
     for (lane, _) in schedule.take_unrouted() {
         schedule.route(lane, Some(&route));
     }
@@ -318,7 +318,7 @@ fn a_full_memory_hides_nobodys_jobs() {
     let narrow = |schedule: &mut Schedule| {
         for (lane, key) in schedule.take_unrouted() {
             let server = Some((key.target.clone(), 1));
-            schedule.route(lane, Some(&Route { host: "h:1".into(), server, rate_limit: None }));
+            schedule.route(lane, Some(&Route { host: "h:1".into(), server, rate: Rate::Unmetered }));
         }
     };
     let read = |table: &Table, schedule: &mut Schedule| {
@@ -404,7 +404,7 @@ fn a_lane_that_is_led_elsewhere_leaves_its_requests_and_its_probe_where_they_wer
     let later = now + RULES.cooldown;
     let probe = schedule.pick(9, later).remove(0);
     table.claim(&mut schedule, std::slice::from_ref(&probe));
-    schedule.route(probe.lane, Some(&Route { host: "elsewhere:1".into(), server: None, rate_limit: None }));
+    schedule.route(probe.lane, Some(&Route { host: "elsewhere:1".into(), server: None, rate: Rate::Unmetered }));
     let elsewhere = schedule.pick(3, later);
     assert!(elsewhere.iter().all(|pick| pick.lane == probe.lane) && elsewhere.len() == 3, "the lane goes on there");
     table.claim(&mut schedule, &elsewhere);

@@ -269,9 +269,13 @@ impl Rates {
         self.0.exempt.fetch_add(1, Relaxed);
     }
 
-    /// Counts a call that there was no room for; true at most once a minute: the log should tell.
-    pub fn note_full(&self, now: u64) -> bool {
+    /// Counts a call that there was no room for.
+    pub fn note_full(&self) {
         self.0.full.fetch_add(1, Relaxed);
+    }
+
+    /// Whether the log should tell that there is no room: true at most once a minute.
+    pub fn is_warning_due(&self, now: u64) -> bool {
         let now = i64::try_from(now).unwrap_or(i64::MAX);
         let last = self.0.warned_at.load(Relaxed);
         let is_due = last == 0 || !(0..60_000_000_000).contains(&(now - last));

@@ -23,7 +23,8 @@ impl Book {
 }
 
 impl Meter for Windows {
-    fn charge(&mut self, lane: &LaneKey, limit: i32) -> Result<u32, Duration> {
+    fn charge(&mut self, lane: &LaneKey, own: Option<i32>) -> Result<Option<Charge>, Duration> {
+        let Some(limit) = own else { return Ok(None) };
         let mut book = self.0.borrow_mut();
         let window = book.window();
         let end = WINDOW * (window + 1) - book.clock;
@@ -32,11 +33,11 @@ impl Meter for Windows {
             return Err(end);
         }
         *count += 1;
-        Ok(window)
+        Ok(Some(Charge { window, limit }))
     }
 
-    fn refund(&mut self, lane: &LaneKey, window: u32) {
-        *self.0.borrow_mut().counts.entry((window, lane.target.clone(), lane.user)).or_default() -= 1;
+    fn refund(&mut self, lane: &LaneKey, charge: Charge) {
+        *self.0.borrow_mut().counts.entry((charge.window, lane.target.clone(), lane.user)).or_default() -= 1;
     }
 }
 
@@ -55,9 +56,9 @@ impl Limited {
         Self { table: super::Table::default(), schedule, windows, start: Instant::now() }
     }
 
-    fn limit(&mut self, key: &LaneKey, rate_limit: Option<i32>) {
+    fn limit(&mut self, key: &LaneKey, own: Option<i32>) {
         let lane = self.schedule.lane_of[key];
-        let route = Route { host: format!("{}:1", key.target), server: None, rate_limit };
+        let route = Route { host: format!("{}:1", key.target), server: None, rate: Rate::Metered(own) };
         self.schedule.route(lane, Some(&route));
     }
 
@@ -127,24 +128,105 @@ fn a_limit_that_is_changed_counts_at_once() {
 }
 
 #[test]
-fn what_is_picked_and_not_sent_uses_nothing_up() {
+fn what_is_picked_and_not_sent_uses_nothing_up_and_the_lane_goes_on() {
     let mut test = Limited::new(100);
     let lane = mcp(1, "s");
-    (0..9).for_each(|time| _ = test.table.insert(5, time, &lane));
+    let jobs: Vec<_> = (0..20).map(|time| test.table.insert(5, time, &lane)).collect();
     test.table.read_all(&mut test.schedule);
     test.limit(&lane, Some(3));
     for _ in 0..3 {
+        // The claim fails, and is tried again at once.
         let picks = test.pick_at(1);
-        assert_eq!(picks.len(), 3);
+        assert_eq!(ids(&picks), jobs[..3]);
         test.schedule.put_back(picks, test.start);
-        test.schedule.end_rest();
     }
-    let picks = test.pick_at(2);
+    for round in 0..5 {
+        // They are found to be cancelled.
+        let picks = test.pick_at(2);
+        assert_eq!(ids(&picks), jobs[3 * round..3 * round + 3]);
+        test.table.claim(&mut test.schedule, &picks);
+        let now = test.now();
+        picks.iter().for_each(|pick| test.schedule.not_sent(pick, now));
+    }
+    assert_eq!(test.run_at(3), jobs[15..18]);
+    assert_eq!(test.run_at(4), []);
+}
+
+#[test]
+fn what_is_found_to_be_over_the_limit_when_it_is_claimed_waits_in_its_place() {
+    let mut test = Limited::new(100);
+    let lane = mcp(1, "s");
+    let jobs: Vec<_> = (0..6).map(|time| test.table.insert(5, time, &lane)).collect();
+    test.table.read_all(&mut test.schedule);
+    test.limit(&lane, None);
+    let mut picks = test.pick_at(1);
+    assert_eq!(ids(&picks), jobs);
+    // Four may go after all.
+    let held_back = picks.split_off(4);
     test.table.claim(&mut test.schedule, &picks);
+    test.limit(&lane, Some(4));
     let now = test.now();
-    test.schedule.not_sent(&picks[0], now);
+    for pick in held_back.into_iter().rev() {
+        test.schedule.hold_back(pick, test.start + WINDOW, now);
+    }
+    let urgent = test.table.insert(1, 9, &lane);
+    test.table.read_all(&mut test.schedule);
+    assert_eq!(test.run_at(2), [], "the whole lane rests");
+    assert_eq!(test.schedule.window_at(), Some(test.start + WINDOW));
+    assert_eq!(test.run_at(60), [urgent, jobs[4], jobs[5]]);
+}
+
+#[test]
+fn lanes_that_rest_hide_nobodys_jobs_however_many_they_are() {
+    let mut test = Limited::new(1000);
+    let insert = |test: &mut Limited, users: std::ops::Range<u128>| {
+        users.for_each(|user| _ = test.table.insert(5, user as i64, &mcp(user, "shut")));
+    };
+    // Reads as the worker does; all that is found new is shut.
+    let read = |test: &mut Limited, own: Option<i32>, seconds: u64| {
+        let mut sent = 0;
+        for round in 0.. {
+            let reads = test.schedule.reads(true, true);
+            for read in &reads {
+                let rows = test.table.pending.range((read.priority, read.from)..);
+                let rows = rows.take_while(|((priority, _), _)| *priority == read.priority).take(read.limit);
+                let row = |((_, position), key): (&(usize, Position), &LaneKey)| Row {
+                    position: *position,
+                    bytes: 1,
+                    key: Some(key.clone()),
+                };
+                let rows = rows.map(row).collect();
+                test.schedule.take(read, rows);
+            }
+            for (lane, key) in test.schedule.take_unrouted() {
+                let own = if key.target == "shut" { own } else { None };
+                test.schedule.route(lane, Some(&Route { host: "h:1".into(), server: None, rate: Rate::Metered(own) }));
+            }
+            let ids = test.run_at(seconds);
+            sent += ids.len();
+            assert!(own.is_none() || test.schedule.lanes.len() <= 203_000, "the memory has its bounds");
+            if reads.is_empty() && ids.is_empty() {
+                return sent;
+            }
+            assert!(round < 10_000, "it comes to an end");
+        }
+        sent
+    };
+    insert(&mut test, 1..210_000);
+    test.schedule.wake();
+    assert_eq!(read(&mut test, Some(0), 1), 0);
+    let free = test.table.insert(5, 300_000, &mcp(1, "free"));
+    insert(&mut test, 300_000..310_000);
+    test.schedule.wake();
+    assert_eq!(read(&mut test, Some(0), 2), 1);
+    assert!(!test.table.pending.values().any(|key| key.target == "free"), "{free} was hidden");
+    // All of them go when they may.
     test.schedule.end_rest();
-    assert_eq!(test.pick_at(3).len(), 1);
+    for lane in test.schedule.mcp_lanes(usize::MAX) {
+        test.schedule.route(lane.0, Some(&Route { host: "h:1".into(), server: None, rate: Rate::Metered(None) }));
+    }
+    let sent = read(&mut test, None, 3);
+    assert_eq!((sent, test.table.pending.len()), (219_999, 0));
 }
 
 #[test]

@@ -14,8 +14,9 @@ pub struct Charge {
 }
 
 impl Rates {
-    /// Works on the state of a key, made if it is not there. `None`: there is no room for it.
-    fn with<R>(&self, key: &Key, now: u64, work: impl Fn(&Slot) -> R) -> Option<R> {
+    /// Works on the state of a key, made if it is not there. `None`: there is no room for it. `may_interrupt`: while it
+    /// looks for room.
+    fn with<R>(&self, key: &Key, now: u64, may_interrupt: bool, work: impl Fn(&Slot) -> R) -> Option<R> {
         let partition = self.partition(key.hash);
         {
             let _shared = partition.share();
@@ -23,7 +24,7 @@ impl Rates {
                 return Some(work(slot));
             }
         }
-        let spare = self.allocate(now, true);
+        let spare = self.allocate(now, may_interrupt);
         let _exclusive = partition.exclude();
         // Somebody may have been quicker.
         if let Some(slot) = self.find(key) {
@@ -36,18 +37,19 @@ impl Rates {
     /// Counts a call in the running minute and tells whether it is within the limit. `None`: the table is
     /// full.
     pub fn count(&self, key: &Key, now: u64, limit: i32) -> Option<bool> {
-        let Step { allowed, .. } = self.advance(key, now, |state, clock| minute::count(state, clock, limit))?;
+        let Step { allowed, .. } = self.advance(key, now, true, |state, clock| minute::count(state, clock, limit))?;
         self.partition(key.hash).note(allowed);
         Some(allowed)
     }
 
     /// Counts a call in the running minute if it is within the limit, and returns the minute. The error: when another
-    /// one begins; `None`: the table is full.
+    /// one begins; `None`: the table is full. It looks at no interrupts.
     pub fn take(&self, key: &Key, now: u64, limit: i32) -> Option<Result<u32, u64>> {
         if limit <= 0 {
             return Some(Err(minute::end(minute::of(now))));
         }
-        let Step { allowed, state, .. } = self.advance(key, now, |state, clock| minute::take(state, clock, limit))?;
+        let Step { allowed, state, .. } =
+            self.advance(key, now, false, |state, clock| minute::take(state, clock, limit))?;
         let (minute, _) = minute::parts(state);
         if !allowed {
             return Some(Err(minute::end(minute)));
@@ -76,8 +78,8 @@ impl Rates {
         Some(allowed)
     }
 
-    fn advance(&self, key: &Key, now: u64, step: impl Fn(u64, u32) -> Step) -> Option<Step> {
-        self.with(key, now, |slot| self.step(slot, now, &step))
+    fn advance(&self, key: &Key, now: u64, may_interrupt: bool, step: impl Fn(u64, u32) -> Step) -> Option<Step> {
+        self.with(key, now, may_interrupt, |slot| self.step(slot, now, &step))
     }
 
     fn step(&self, slot: &Slot, now: u64, step: impl Fn(u64, u32) -> Step) -> Step {
@@ -115,7 +117,7 @@ impl Rates {
             self.partition(key.hash).note(answer.allowed);
             return Some(answer);
         }
-        let answer = self.with(key, now, |slot| slot.charge(now, policy, cost))?;
+        let answer = self.with(key, now, true, |slot| slot.charge(now, policy, cost))?;
         self.partition(key.hash).note(answer.allowed);
         Some(answer)
     }
