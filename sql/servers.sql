@@ -18,7 +18,7 @@ COMMENT ON COLUMN @extschema@.system_servers.ref_id IS 'A stable uuid for refere
 COMMENT ON COLUMN @extschema@.system_servers.name IS 'The name shown to people.';
 COMMENT ON COLUMN @extschema@.system_servers.config IS 'How to reach the server: {"url": "https://host/mcp", "headers": {"Name": "value"}, "timeout_ms": 30000}. Unknown keys are kept.';
 COMMENT ON COLUMN @extschema@.system_servers.enabled IS 'Jobs of a disabled server fail; false keeps the row without using it.';
-COMMENT ON COLUMN @extschema@.system_servers.rate_limit_per_minute IS 'Calls a user may make in a clock minute, 0 or more: jobs beyond wait for the next one, and check_rate_limit counts with them. A change counts within nexus_hub.poll_interval.';
+COMMENT ON COLUMN @extschema@.system_servers.rate_limit_per_minute IS 'Calls a user may make in a clock minute, 0 or more: jobs beyond wait for the next one, and check_rate_limit counts with them.';
 COMMENT ON COLUMN @extschema@.system_servers.created_at IS 'When the row was made.';
 
 CREATE TABLE @extschema@.user_servers (
@@ -46,7 +46,7 @@ COMMENT ON COLUMN @extschema@.user_servers.name IS 'The name shown to people.';
 COMMENT ON COLUMN @extschema@.user_servers.transport IS 'How the server is reached; http (streamable HTTP) is the only one.';
 COMMENT ON COLUMN @extschema@.user_servers.config_encrypted IS 'The config as encrypt_config seals it (12-byte IV, ciphertext, 16-byte tag); the plaintext is {"url": …, "headers": {…}, "timeout_ms": …}.';
 COMMENT ON COLUMN @extschema@.user_servers.enabled IS 'A disabled server is passed over; false keeps the row without using it.';
-COMMENT ON COLUMN @extschema@.user_servers.rate_limit_per_minute IS 'Calls allowed in a clock minute, 0 or more; NULL: any number. Jobs beyond wait for the next minute, and check_rate_limit counts with them. A change counts within nexus_hub.poll_interval.';
+COMMENT ON COLUMN @extschema@.user_servers.rate_limit_per_minute IS 'Calls allowed in a clock minute, 0 or more; NULL: any number. Jobs beyond wait for the next minute, and check_rate_limit counts with them.';
 COMMENT ON COLUMN @extschema@.user_servers.created_at IS 'When the row was made.';
 COMMENT ON COLUMN @extschema@.user_servers.updated_at IS 'When update_server changed the row last.';
 
