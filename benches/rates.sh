@@ -133,10 +133,10 @@ bench_rates() {
         RATES_ROUNDS=3 rates_row 'the same on one key' "$clients" hot "the seeds' plpgsql on a table: %s; unlogged: %s" hot_logged hot_unlogged
         RATES_ROUNDS=3 rates_row 'the same on 10,000 keys' "$clients" many "the seeds' plpgsql on a table: %s; unlogged: %s" many_logged many_unlogged
         [[ -n $redis ]] || continue
-        rates_row 'the same on one key' "$clients" hot 'Redis, Lua INCR and EXPIRE, redis-benchmark, both on sockets: %s' redis_hot
-        rates_row 'the same on 10,000 keys' "$clients" many 'Redis, the same: %s' redis_many
-        rates_row 'the same on one key over TCP' "$clients" hot_tcp 'Redis, both over TCP on 127.0.0.1: %s' redis_hot_tcp
-        rates_row "the same, $rates_pipelined on the way at a time" "$clients" hot_pipelined "Redis, both on sockets, as many on the way: %s" redis_hot_pipelined
+        RATES_ROUNDS=${RATES_ROUNDS:-5} rates_row 'the same on one key' "$clients" hot 'Redis, Lua INCR and EXPIRE, redis-benchmark, both on sockets: %s' redis_hot
+        RATES_ROUNDS=${RATES_ROUNDS:-5} rates_row 'the same on 10,000 keys' "$clients" many 'Redis, the same: %s' redis_many
+        RATES_ROUNDS=${RATES_ROUNDS:-5} rates_row 'the same on one key over TCP' "$clients" hot_tcp 'Redis, both over TCP on 127.0.0.1: %s' redis_hot_tcp
+        RATES_ROUNDS=${RATES_ROUNDS:-5} rates_row "the same, $rates_pipelined on the way at a time" "$clients" hot_pipelined "Redis, both on sockets, as many on the way: %s" redis_hot_pipelined
     done
     [[ -n $redis ]] || row 'beside Redis' '–' 'no redis-server here: .ci/setup bench installs it' '–'
     ns=$(rates_per_call "check_rate_limit('github', $user, i)" 'i % 2 = 0')
