@@ -28,12 +28,28 @@ use table::Table;
 
 /// Priorities, 1 to 9.
 pub const PRIORITIES: usize = 9;
-/// Jobs that wait in memory, in one lane and priority.
-const LANE_ROOM: usize = 2_000;
-/// Jobs of a lane and priority below which more are read.
-const LANE_LOW: usize = 256;
-/// Jobs that wait in memory in all.
-const TOTAL_ROOM: usize = 200_000;
+/// How much is kept in memory, and read at a time.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    /// Jobs that wait, in one lane and priority.
+    lane: usize,
+    /// Jobs of a lane and priority below which more are read.
+    low: usize,
+    /// Jobs that a lane may always have.
+    short: usize,
+    /// Jobs that wait in all.
+    total: usize,
+    /// Rows of one read.
+    chunk: usize,
+    /// Rows of a read that passes over much to find little.
+    large_chunk: usize,
+    /// Jobs that lanes that rest have to give up together, for it to be worth a look at all lanes.
+    worthwhile: usize,
+}
+
+const ROOM: Room =
+    Room { lane: 2_000, low: 256, short: 16, total: 200_000, chunk: 512, large_chunk: 2_000, worthwhile: 2_000 };
+
 /// Arguments of the jobs that are claimed at a time.
 const MAX_CLAIM_BYTES: usize = 32 * 1024 * 1024;
 
@@ -132,8 +148,9 @@ pub struct Schedule {
     resting: Resting,
     /// Jobs that wait for their claim because their host's probe failed.
     doomed: VecDeque<Pick>,
-    /// Every job in this memory that is not claimed yet.
-    known: HashSet<u128>,
+    room: Room,
+    /// Every job in this memory that is not claimed yet, and its lane.
+    known: HashMap<u128, LaneId>,
     in_flight: usize,
     has_more: bool,
     /// Whether a job was passed over because there was no room at all.
@@ -167,7 +184,8 @@ impl Schedule {
             meter,
             resting: Resting::default(),
             doomed: VecDeque::new(),
-            known: HashSet::new(),
+            room: ROOM,
+            known: HashMap::new(),
             in_flight: 0,
             has_more: false,
             is_full: false,
@@ -207,6 +225,11 @@ impl Schedule {
     pub fn lanes(&self, ids: &[LaneId]) -> Vec<(LaneId, LaneKey)> {
         let lane = |id: &LaneId| self.lanes.get(*id)?.as_ref().map(|lane| (*id, lane.key.clone()));
         ids.iter().filter_map(lane).collect()
+    }
+
+    /// What a lane's jobs have in common.
+    pub fn key(&self, id: LaneId) -> Option<&LaneKey> {
+        self.lanes.get(id)?.as_ref().map(|lane| &lane.key)
     }
 
     /// Whether nothing is known of any job.
@@ -284,6 +307,11 @@ impl Schedule {
                     }
                     Gate::Rests => {
                         lane.set_aside |= 1 << priority;
+                        let host = lane.host.filter(|host| self.hosts[*host].breaker.pass(now) == Pass::One);
+                        if let Some(host) = host {
+                            has_passed_on = true;
+                            self.unpark(Place::Host(host), 1);
+                        }
                         continue;
                     }
                     Gate::Unrouted => {

@@ -2,7 +2,7 @@
 
 use super::run::Worker;
 use crate::domain::job::JobType;
-use crate::domain::schedule::{Charge, LaneId, LaneKey, Meter, Pick};
+use crate::domain::schedule::{Charge, LaneId, LaneKey, Meter, Pick, Schedule};
 use crate::jobs::queue::ClaimedJob;
 use crate::pg::{catalog, transaction};
 use crate::rate_limit::jobs;
@@ -43,7 +43,7 @@ pub struct Recount {
 
 /// Counts claimed jobs anew whose servers or limits have changed since they were picked. Nobody gets past a limit by
 /// changing servers between two looks at them. Call it in the transaction that has claimed them.
-pub fn recount(picks: &mut [Pick], claimed: &[ClaimedJob]) -> Result<Recount, SpiError> {
+pub fn recount(schedule: &Schedule, picks: &mut [Pick], claimed: &[ClaimedJob]) -> Result<Recount, SpiError> {
     let mut recount = Recount::default();
     if claimed.iter().all(|job| job.job_type == JobType::HTTP_REQUEST) {
         return Ok(recount);
@@ -58,12 +58,15 @@ pub fn recount(picks: &mut [Pick], claimed: &[ClaimedJob]) -> Result<Recount, Sp
         }
         let user = job.user_id.map(Uuid::into_bytes);
         let limit = jobs::limit(server, user.as_ref(), job.server.rate_limit())?;
-        if limit == pick.charge.map(|charge| charge.limit) {
+        let key = schedule.key(pick.lane);
+        // Somebody may have moved it since it was read.
+        let is_there = key.is_some_and(|key| key.target == server && self::user(key) == user);
+        if is_there && limit == pick.charge.map(|charge| charge.limit) {
             continue;
         }
         recount.lanes.push(pick.lane);
-        if let Some(charge) = pick.charge.take() {
-            jobs::refund(server, user.as_ref(), charge.window);
+        if let (Some(charge), Some(key)) = (pick.charge.take(), key) {
+            jobs::refund(&key.target, self::user(key).as_ref(), charge.window);
         }
         match limit.map(|limit| jobs::charge(server, user.as_ref(), limit).map(|window| Charge { window, limit })) {
             None => {}

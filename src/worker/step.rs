@@ -170,7 +170,7 @@ impl Worker {
                     let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
                     done.claimed = queue.claim(lease, &jobs, careful)?;
                     if edge.is_none() {
-                        let recount = limits::recount(picks, &done.claimed)?;
+                        let recount = limits::recount(schedule, picks, &done.claimed)?;
                         if !recount.held_back.is_empty() {
                             queue.unclaim(lease, recount.held_back.keys().copied())?;
                             done.claimed.retain(|job| !recount.held_back.contains_key(&job.id.as_u128()));

@@ -81,6 +81,10 @@ fn gets_and_posts_are_counted_together_and_one_too_many_is_answered_with_429() {
     assert_eq!(statuses, [200, 200, 200, 200, 200, 429]);
     assert_eq!(postgrest.ask("GET", "/things", &from("2001:db8:0:1::1"), "").status, 200);
     assert_eq!(postgrest.ask("GET", "/things", &from(":::not an address:"), "").status, 200);
+    for same in ["::ffff:203.0.113.1", "203.0.113.1:4711", "::FFFF:203.0.113.1", "[2001:db8::7]:443"] {
+        assert_eq!(postgrest.ask("GET", "/things", &from(same), "").status, 429, "{same}");
+    }
+    assert_eq!(postgrest.ask("GET", "/things", &from("::ffff:203.0.113.9"), "").status, 200);
     assert_eq!(postgrest.ask("GET", "/things", &[], "").status, 200, "without an address");
 }
 

@@ -6,15 +6,8 @@
 //! committed later: the table is read again from its beginning now and then. And a lane that was full when its jobs
 //! were passed has a *gap*, which is *refilled* once there is room again.
 
-use super::{LANE_LOW, LANE_ROOM, Lane, LaneId, LaneKey, PRIORITIES, Rate, Schedule, TOTAL_ROOM, Waiting};
+use super::{Lane, LaneId, LaneKey, PRIORITIES, Rate, Room, Schedule, Waiting};
 use std::collections::{HashSet, VecDeque};
-
-/// Rows of one read.
-const CHUNK: usize = 512;
-/// Rows of a read that passes over much to find little.
-const LARGE_CHUNK: usize = 2_000;
-/// Jobs that a lane may always have in memory.
-const LANE_SHORT: usize = 16;
 
 /// Where a job lies among those of its priority: by its time, in microseconds, and its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,6 +94,8 @@ impl Cursor {
 impl Schedule {
     /// Something was committed: there may be jobs ahead and behind.
     pub fn wake(&mut self) {
+        // Lanes may rest by now, and give their memory up.
+        self.is_full = false;
         self.wake_ahead();
         self.behind_due = true;
     }
@@ -138,14 +133,14 @@ impl Schedule {
         for priority in 0..PRIORITIES {
             let mut read = |kind, from, limit| reads.push(Read { kind, priority, from, limit });
             if let Some(from) = self.next_refill(priority) {
-                read(ReadKind::Refill, from, LARGE_CHUNK);
+                read(ReadKind::Refill, from, self.room.large_chunk);
             }
             let cursor = &self.cursors[priority];
             if let Some(from) = cursor.behind.filter(|_| behind) {
-                read(ReadKind::Behind, from, LARGE_CHUNK);
+                read(ReadKind::Behind, from, self.room.large_chunk);
             }
             if ahead && !cursor.is_at_end {
-                read(ReadKind::Ahead, cursor.ahead, CHUNK);
+                read(ReadKind::Ahead, cursor.ahead, self.room.chunk);
             }
         }
         reads
@@ -153,6 +148,10 @@ impl Schedule {
 
     fn next_refill(&mut self, priority: usize) -> Option<Position> {
         let (lanes, cursor) = (&self.lanes, &mut self.cursors[priority]);
+        if cursor.wanting.is_empty() {
+            // All that the last one was for are gone. Who asks next wants one of its own.
+            cursor.refill = None;
+        }
         if cursor.refill.is_none() {
             let gap = |id: &LaneId| lanes[*id].as_ref().and_then(|lane| lane.gap[priority]);
             cursor.wanting.retain(|id| gap(id).is_some());
@@ -167,7 +166,7 @@ impl Schedule {
     pub(super) fn look_for_more(&mut self, id: LaneId, priority: usize) {
         let Some(lane) = self.lanes.get(id).and_then(Option::as_ref) else { return };
         let wanting = &mut self.cursors[priority].wanting;
-        if lane.gap[priority].is_some() && lane.waiting[priority].len() < LANE_LOW && !wanting.contains(&id) {
+        if lane.gap[priority].is_some() && lane.waiting[priority].len() < self.room.low && !wanting.contains(&id) {
             wanting.push(id);
         }
     }
@@ -183,7 +182,7 @@ impl Schedule {
                 is_over = true;
                 break;
             }
-            if self.known.len() >= TOTAL_ROOM && !self.make_room() {
+            if self.known.len() >= self.room.total && !self.make_room() {
                 // To be gone on with when there is room.
                 next = position;
                 is_over = false;
@@ -191,7 +190,7 @@ impl Schedule {
                 break;
             }
             next = position.next();
-            if let Some(key) = key.filter(|_| !self.known.contains(&position.id)) {
+            if let Some(key) = key.filter(|key| !self.is_known(position.id, key)) {
                 self.offer(read.kind, priority, Waiting { position, bytes }, key);
             }
         }
@@ -206,6 +205,21 @@ impl Schedule {
         }
     }
 
+    /// Whether a job waits in memory. One that somebody has moved to another server or user since is forgotten where it
+    /// was.
+    fn is_known(&mut self, job: u128, key: &LaneKey) -> bool {
+        let Some(id) = self.known.get(&job).copied() else { return false };
+        let Some(lane) = self.lanes[id].as_mut().filter(|lane| lane.key != *key) else { return true };
+        let place = |waiting: &VecDeque<Waiting>| waiting.iter().position(|waiting| waiting.position.id == job);
+        let found =
+            lane.waiting.iter_mut().any(|waiting| place(waiting).is_some_and(|at| waiting.remove(at).is_some()));
+        if found {
+            self.known.remove(&job);
+        }
+        // If not, it is being claimed.
+        !found
+    }
+
     /// Has the longest lane forget the later half of its jobs, to be read again; where all are short, those that rest
     /// all of theirs. `false`: there are none.
     fn make_room(&mut self) -> bool {
@@ -213,7 +227,7 @@ impl Schedule {
         let lengths = lanes.flat_map(|(id, lane)| {
             lane.waiting.iter().enumerate().map(move |(priority, waiting)| (waiting.len(), id, priority))
         });
-        let Some((length, id, priority)) = lengths.max().filter(|(length, ..)| *length >= LANE_SHORT) else {
+        let Some((length, id, priority)) = lengths.max().filter(|(length, ..)| *length >= self.room.short) else {
             return self.forget_resting();
         };
         self.forget_waiting(id, priority, length / 2);
@@ -242,7 +256,8 @@ impl Schedule {
     fn offer(&mut self, kind: ReadKind, priority: usize, job: Waiting, key: LaneKey) {
         let position = job.position;
         let (run, run_start) = (self.cursors[priority].run, self.cursors[priority].run_start);
-        let room = LANE_ROOM.min(TOTAL_ROOM.saturating_sub(self.known.len()) / 4).max(LANE_SHORT);
+        let Room { lane, total, short, .. } = self.room;
+        let room = lane.min(total.saturating_sub(self.known.len()) / 4).max(short);
         let id = match self.lane_of.get(&key) {
             Some(id) => *id,
             None => self.open_lane(key),
@@ -279,15 +294,15 @@ impl Schedule {
         // In order, though a late one comes after others.
         let place = waiting.iter().rposition(|other| other.position < position).map_or(0, |place| place + 1);
         waiting.insert(place, job);
-        self.known.insert(position.id);
+        self.known.insert(position.id, id);
         self.take_turns(id, priority);
     }
 
     fn end_refill(&mut self, priority: usize, next: Position, is_over: bool) {
-        let cursor = &mut self.cursors[priority];
+        let (cursor, low) = (&mut self.cursors[priority], self.room.low);
         let (run, run_start) = (cursor.run, cursor.run_start);
         let is_filled = |lane: &Lane| {
-            lane.waiting[priority].len() >= LANE_LOW || lane.stopped[priority] == run || lane.gap[priority].is_none()
+            lane.waiting[priority].len() >= low || lane.stopped[priority] == run || lane.gap[priority].is_none()
         };
         let lanes = &mut self.lanes;
         cursor.wanting.retain(|id| lanes[*id].as_ref().is_some_and(|lane| !is_filled(lane)));
@@ -303,6 +318,10 @@ impl Schedule {
                 lane.gap[priority] = if is_over { None } else { lane.gap[priority].max(Some(next)) };
             }
         }
+        // Those that came too late for this one, and have nothing left.
+        let is_dry = |lane: &Lane| lane.gap[priority].is_some() && lane.waiting[priority].is_empty() && !lane.rests;
+        let dry = lanes.iter().enumerate().filter(|(_, lane)| lane.as_ref().is_some_and(is_dry));
+        cursor.wanting.extend(dry.map(|(id, _)| id));
     }
 
     fn open_lane(&mut self, key: LaneKey) -> LaneId {

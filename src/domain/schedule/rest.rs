@@ -4,9 +4,6 @@ use super::{LaneId, LaneKey, PRIORITIES, Pick, Reach, Schedule, Waiting};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-/// Jobs that have to be forgotten at a time for it to be worth a look at all lanes.
-const WORTHWHILE: usize = 2_000;
-
 /// Whether a lane's requests are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rate {
@@ -121,6 +118,6 @@ impl Schedule {
         self.forget_lanes(&gone);
         self.resting.lanes.retain(|id| !gone.contains(id));
         self.resting.has_forgotten |= !gone.is_empty();
-        known - self.known.len() >= WORTHWHILE
+        known - self.known.len() >= self.room.worthwhile
     }
 }

@@ -177,6 +177,65 @@ fn what_is_found_to_be_over_the_limit_when_it_is_claimed_waits_in_its_place() {
 }
 
 #[test]
+fn a_job_that_is_moved_to_another_server_does_not_rest_with_the_old_one() {
+    let mut test = Limited::new(100);
+    let (shut, open) = (mcp(1, "shut"), mcp(1, "open"));
+    (0..5).for_each(|time| _ = test.table.insert(5, time, &shut));
+    test.table.read_all(&mut test.schedule);
+    test.limit(&shut, Some(0));
+    assert_eq!(test.run_at(1), []);
+    test.table.pending.values_mut().for_each(|key| *key = open.clone());
+    test.table.read_all(&mut test.schedule);
+    assert_eq!(test.run_at(2).len(), 5);
+    assert!(test.schedule.known.is_empty());
+}
+
+#[test]
+fn a_memory_that_is_full_of_lanes_that_come_to_rest_later_is_read_into_again() {
+    let mut test = Limited::new(100);
+    test.schedule.room = Room { total: 60, worthwhile: 10, ..ROOM };
+    let now = test.start;
+    let host = test.schedule.host("down:1");
+    for _ in 0..RULES.threshold {
+        test.schedule.hosts[host].breaker.failed(now, "refused", false, &RULES);
+    }
+    test.schedule.changed(host);
+    (0..100).for_each(|user| _ = test.table.insert(5, user as i64, &mcp(user, "down")));
+    let read = |test: &mut Limited, own: Option<i32>| {
+        test.schedule.wake();
+        for _ in 0..20 {
+            for read in test.schedule.reads(true, true) {
+                let rows = test.table.pending.range((read.priority, read.from)..);
+                let rows = rows.take_while(|((priority, _), _)| *priority == read.priority).take(read.limit);
+                let rows =
+                    rows.map(|((_, position), key)| Row { position: *position, bytes: 1, key: Some(key.clone()) });
+                test.schedule.take(&read, rows.collect());
+            }
+            for (lane, key) in test.schedule.take_unrouted() {
+                let rate = Rate::Metered(if key.target == "down" { own } else { None });
+                let host = if own.is_some() { "elsewhere:1".to_owned() } else { format!("{}:1", key.target) };
+                let route = Route { host, server: None, rate };
+                test.schedule.route(lane, Some(&route));
+            }
+            let picks = test.pick_at(1);
+            if let Some(pick) = picks.first() {
+                return Some(pick.position.id);
+            }
+        }
+        None
+    };
+    assert_eq!(read(&mut test, None), None, "its host is down");
+    assert!(test.schedule.is_full);
+    for (lane, _) in test.schedule.mcp_lanes(usize::MAX) {
+        let route = Route { host: "elsewhere:1".into(), server: None, rate: Rate::Metered(Some(0)) };
+        test.schedule.route(lane, Some(&route));
+    }
+    assert!(test.pick_at(1).is_empty(), "and now their limit is 0");
+    let free = test.table.insert(5, 1_000, &mcp(1, "free"));
+    assert_eq!(read(&mut test, Some(0)), Some(free));
+}
+
+#[test]
 fn lanes_that_rest_hide_nobodys_jobs_however_many_they_are() {
     let mut test = Limited::new(1000);
     let insert = |test: &mut Limited, users: std::ops::Range<u128>| {
