@@ -66,7 +66,7 @@ fn jobs_over_the_limit_wait_for_the_next_minute_and_hold_up_nobody() {
     add_system_server(&mut client, "narrow", &server.config(), 3);
     add_system_server(&mut client, "free", &server.config(), 1_000_000);
     wait_until("the minute ends soon", || {
-        value(&mut client, "SELECT extract(second FROM clock_timestamp()) BETWEEN 40 AND 54")
+        value(&mut client, "SELECT extract(second FROM clock_timestamp()) BETWEEN 40 AND 50")
     });
     let minute: String = value(&mut client, "SELECT date_trunc('minute', clock_timestamp())::text");
     insert(&mut client, ALICE, "narrow", 7);
