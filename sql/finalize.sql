@@ -116,6 +116,11 @@ BEGIN
             @extschema@.enforce_rate_limits(text[], text[], integer[], integer[], integer[], integer[]),
             _nexus_hub.limit_request(text[], text[], integer[], integer[], integer[], integer[]),
             _nexus_hub.answer_request(boolean, text, text, bigint, text),
+            @extschema@.cleanup_old_job_results(),
+            @extschema@.cleanup_job_results_manual(integer, integer),
+            _nexus_hub.cleanup_jobs(interval, interval),
+            _nexus_hub.job_retention(text),
+            _nexus_hub.days(integer, text),
             _nexus_hub.rate_limit_minutes(),
             _nexus_hub.rate_limit_statistics()
             TO service_role;

@@ -55,6 +55,7 @@ CREATE TABLE @extschema@.job_results (
     max_attempts integer,
     attempt integer NOT NULL DEFAULT 0,
     crashes integer NOT NULL DEFAULT 0,
+    failures integer NOT NULL DEFAULT 0,
     idempotency_key text,
     target text GENERATED ALWAYS AS (
         CASE WHEN job_type = 'http_request' THEN _nexus_hub.url_authority(params ->> 'url') ELSE server_id END) STORED,
@@ -65,7 +66,7 @@ CREATE TABLE @extschema@.job_results (
     CONSTRAINT job_results_state
         CHECK (_nexus_hub.is_job_state(status, started_at IS NOT NULL, completed_at IS NOT NULL, lease IS NOT NULL,
                                        result IS NOT NULL OR error IS NOT NULL)),
-    CONSTRAINT job_results_counts CHECK (least(attempt, crashes) >= 0)
+    CONSTRAINT job_results_counts CHECK (least(attempt, crashes, failures) >= 0)
 ) WITH (
     -- Each job is three row versions in quick succession: leave room on the page, and let autovacuum keep up.
     fillfactor = 70,
@@ -94,12 +95,16 @@ COMMENT ON COLUMN @extschema@.job_results.timeout_ms IS 'Milliseconds an attempt
 COMMENT ON COLUMN @extschema@.job_results.max_attempts IS 'Attempts that are made at most, 1 to 100. NULL: 5 for http_request, 3 for resource_fetch and prompt_execute, 1 for tool_invoke.';
 COMMENT ON COLUMN @extschema@.job_results.attempt IS 'How often the job was started, in crashes of the worker, too.';
 COMMENT ON COLUMN @extschema@.job_results.crashes IS 'How often a worker was gone while it ran the job; these do not count towards max_attempts. At nexus_hub.max_crashes the job is set aside as failed.';
+COMMENT ON COLUMN @extschema@.job_results.failures IS 'How many of the job''s attempts have failed, those before retry_job included: they are in job_attempts.';
 COMMENT ON COLUMN @extschema@.job_results.idempotency_key IS '1 to 255 characters, unique for the user: create_job with the same key gives this job''s id instead of a second job. Not what is sent: that is the job''s id.';
 COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the server_id, or the host and port of an http_request''s URL (with the scheme before them where it is not the usual one of the port). Jobs of one target and user wait in one lane.';
 
 CREATE INDEX job_results_pending ON @extschema@.job_results (priority, run_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';
-CREATE INDEX job_results_failed ON @extschema@.job_results (completed_at) WHERE status = 'failed';
+-- These two under the names that operational guides know. The first serves cleanup and retry_failed_jobs, the second looks
+-- for jobs that are stuck.
+CREATE INDEX idx_job_results_cleanup ON @extschema@.job_results (status, completed_at) WHERE status IN ('completed', 'failed', 'cancelled');
+CREATE INDEX idx_job_results_orphaned ON @extschema@.job_results (status, created_at) WHERE status IN ('pending', 'running');
 -- Partial, because jobs of nobody need not pay for it.
 CREATE INDEX job_results_user ON @extschema@.job_results (user_id, created_at) WHERE user_id IS NOT NULL;
 -- Two, because NULLs are distinct in a unique index.
@@ -133,7 +138,8 @@ BEGIN
         NEW.completed_at := NULL;
     END IF;
     IF NEW.status = 'running' THEN
-        NEW.started_at := coalesce(NEW.started_at, now());
+        -- A row that is brought in from elsewhere has been running since it was made, as far as anybody knows.
+        NEW.started_at := coalesce(NEW.started_at, CASE TG_OP WHEN 'INSERT' THEN least(NEW.created_at, now()) END, now());
     ELSE
         NEW.lease := NULL;
     END IF;
@@ -167,6 +173,24 @@ CREATE TRIGGER job_results_settle BEFORE INSERT OR UPDATE ON @extschema@.job_res
                                       NEW.result IS NOT NULL OR NEW.error IS NOT NULL))
     EXECUTE FUNCTION _nexus_hub.settle_job();
 
+-- The age of a job that nobody runs counts from when it was due.
+CREATE FUNCTION _nexus_hub.settle_run_at() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    NEW.run_at := NEW.created_at;
+    RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.settle_run_at() IS 'Trigger: a job for which nobody has said a run_at is due since its created_at, also where that is set by hand.';
+CREATE TRIGGER job_results_settle_run_at BEFORE INSERT ON @extschema@.job_results
+    FOR EACH ROW WHEN (NEW.created_at < NEW.run_at AND NEW.run_at = now())
+    EXECUTE FUNCTION _nexus_hub.settle_run_at();
+CREATE TRIGGER job_results_settle_run_at_again BEFORE UPDATE OF created_at ON @extschema@.job_results
+    FOR EACH ROW WHEN (NEW.created_at < OLD.created_at AND OLD.run_at = OLD.created_at AND NEW.run_at = OLD.run_at)
+    EXECUTE FUNCTION _nexus_hub.settle_run_at();
+
 CREATE FUNCTION _nexus_hub.wake_on_change() RETURNS trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'wake_on_change_wrapper';
 COMMENT ON FUNCTION _nexus_hub.wake_on_change() IS 'Trigger: wakes the worker of this database when the transaction commits.';
@@ -182,7 +206,9 @@ CREATE TRIGGER job_results_wake_delete AFTER DELETE ON @extschema@.job_results
 
 CREATE TABLE @extschema@.job_attempts (
     id uuid PRIMARY KEY DEFAULT _nexus_hub.uuid_v7(),
-    job_id uuid NOT NULL REFERENCES @extschema@.job_results (id) ON DELETE CASCADE,
+    -- No foreign key: looking for the attempts of each job, of which most have none, would make a cleanup four times as
+    -- long. Triggers do what it would.
+    job_id uuid NOT NULL,
     attempt integer NOT NULL,
     started_at timestamptz NOT NULL,
     finished_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -199,6 +225,7 @@ COMMENT ON COLUMN @extschema@.job_attempts.http_status IS 'The HTTP status that 
 COMMENT ON COLUMN @extschema@.job_attempts.error IS 'Why it failed, for people.';
 
 CREATE INDEX job_attempts_job ON @extschema@.job_attempts (job_id, attempt);
+CREATE INDEX job_attempts_finished ON @extschema@.job_attempts (finished_at);
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.job_attempts', '');
 ALTER TABLE @extschema@.job_attempts ENABLE ROW LEVEL SECURITY;
 -- Who sees a job sees its attempts: the subquery is subject to the policies of job_results.
@@ -499,6 +526,25 @@ COMMENT ON VIEW _nexus_hub.system_servers IS 'The table of that name, for the wo
 COMMENT ON VIEW _nexus_hub.job_attempts IS 'The table of that name, for the worker.';
 COMMENT ON VIEW _nexus_hub.circuit_breakers IS 'The table of that name, for the worker.';
 
+CREATE FUNCTION _nexus_hub.delete_attempts() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        DELETE FROM _nexus_hub.job_attempts;
+    ELSE
+        DELETE FROM _nexus_hub.job_attempts a WHERE a.job_id = OLD.id;
+    END IF;
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.delete_attempts() IS 'Trigger: the attempts of a job go with it.';
+CREATE TRIGGER job_results_delete_attempts AFTER DELETE ON @extschema@.job_results
+    FOR EACH ROW WHEN (OLD.failures > 0) EXECUTE FUNCTION _nexus_hub.delete_attempts();
+CREATE TRIGGER job_results_truncate_attempts AFTER TRUNCATE ON @extschema@.job_results
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.delete_attempts();
+
 DO $$
 DECLARE
     mirrored record;
@@ -630,6 +676,7 @@ BEGIN
     WITH written AS (
         UPDATE _nexus_hub.job_results j
            SET status = o.status, lease = NULL,
+               failures = j.failures + (o.status IN ('failed', 'pending'))::integer,
                result = CASE WHEN o.status <> 'pending' THEN o.result::jsonb END,
                error = CASE WHEN o.status = 'failed' THEN o.error END,
                completed_at = CASE WHEN o.status IN ('completed', 'failed') THEN clock_timestamp() END,
@@ -723,6 +770,7 @@ BEGIN
            started_at = CASE WHEN h.is_poison THEN j.started_at END,
            attempt = greatest(j.attempt - (p_max_crashes IS NULL)::integer, 0),
            crashes = j.crashes + (p_max_crashes IS NOT NULL)::integer,
+           failures = j.failures + (p_max_crashes IS NOT NULL)::integer,
            lease = NULL
       FROM held h
      WHERE j.id = h.id;

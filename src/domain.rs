@@ -17,3 +17,4 @@ pub mod rate;
 pub mod redact;
 pub mod schedule;
 pub mod secret;
+pub mod sweep;

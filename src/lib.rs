@@ -1,12 +1,13 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `jobs`, `rate_limit`, `secrets`, `servers`,
+//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `cleanup`, `jobs`, `rate_limit`, `secrets`, `servers`,
 //! `vault` → `net` and `pg` → `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
 
 mod audit;
 mod byok;
+mod cleanup;
 mod domain;
 mod jobs;
 mod net;
@@ -35,6 +36,7 @@ extension_sql_file!("../sql/rotation.sql", name = "rotation", requires = ["colum
 extension_sql_file!("../sql/online_rotation.sql", name = "online_rotation", requires = ["rotation"]);
 extension_sql_file!("../sql/rate_limit.sql", name = "rate_limit", requires = ["byok"]);
 extension_sql_file!("../sql/request_limit.sql", name = "request_limit", requires = ["rate_limit"]);
+extension_sql_file!("../sql/cleanup.sql", name = "cleanup", requires = ["request_limit"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

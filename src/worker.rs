@@ -6,6 +6,7 @@ mod feed;
 mod fill;
 mod launcher;
 mod limits;
+mod prune;
 mod record;
 mod rotate;
 mod run;

@@ -1,5 +1,9 @@
 //! The settings, `nexus_hub.*`: private statics with typed getters.
 
+mod retention;
+
+pub use retention::{Retention, rate_limit_retention, settings as retention};
+
 use super::shmem;
 use crate::domain::egress::Policy;
 use pgrx::prelude::*;
@@ -32,10 +36,8 @@ static MAX_RESPONSE_BYTES: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024 * 
 static SESSION_IDLE_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(300_000);
 static RATE_LIMIT_MAX_KEYS: GucSetting<i32> = GucSetting::<i32>::new(65_536);
 static RATE_LIMIT_WHEN_FULL: GucSetting<WhenFull> = GucSetting::<WhenFull>::new(WhenFull::Allow);
-static RATE_LIMIT_RETENTION_S: GucSetting<i32> = GucSetting::<i32>::new(86_400);
 static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static AUDIT: GucSetting<bool> = GucSetting::<bool>::new(true);
-static AUDIT_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(90 * 24 * 60);
 
 /// Who makes the calls to MCP servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
@@ -288,16 +290,6 @@ pub fn register() {
         GucFlags::empty(),
     );
     GucRegistry::define_int_guc(
-        c"nexus_hub.audit_retention",
-        c"Time after which the worker deletes entries of vault_audit; 0: never.",
-        c"",
-        &AUDIT_RETENTION_MIN,
-        0,
-        i32::MAX,
-        GucContext::Suset,
-        GucFlags::UNIT_MIN,
-    );
-    GucRegistry::define_int_guc(
         c"nexus_hub.rate_limit_max_keys",
         c"Keys of rate limits that there is room for in shared memory, of all databases together.",
         c"Each takes about 260 bytes. Entries that are of no more use make room for others.",
@@ -316,16 +308,7 @@ pub fn register() {
         GucContext::Sighup,
         GucFlags::empty(),
     );
-    GucRegistry::define_int_guc(
-        c"nexus_hub.rate_limit_retention",
-        c"How long closed windows stay in rate_limit_tracking.",
-        c"",
-        &RATE_LIMIT_RETENTION_S,
-        60,
-        i32::MAX,
-        GucContext::Sighup,
-        GucFlags::UNIT_S,
-    );
+    retention::register();
     // Misspelt settings in postgresql.conf are reported instead of ignored.
     #[cfg(feature = "pg14")]
     // SAFETY: the prefix is a static C string.
@@ -393,11 +376,6 @@ pub fn allows_when_full() -> bool {
     RATE_LIMIT_WHEN_FULL.get() == WhenFull::Allow
 }
 
-/// `nexus_hub.rate_limit_retention`.
-pub fn rate_limit_retention() -> Duration {
-    Duration::from_secs(RATE_LIMIT_RETENTION_S.get().unsigned_abs().into())
-}
-
 /// `nexus_hub.ca_file`, NULL and the empty string being the same.
 pub fn ca_file() -> Option<PathBuf> {
     path(&CA_FILE)
@@ -453,8 +431,7 @@ pub struct WorkerSettings {
     pub max_response_bytes: usize,
     pub session_idle_timeout: Duration,
     pub poll_interval: Duration,
-    /// In minutes; 0: for ever.
-    pub audit_retention: i32,
+    pub retention: Retention,
 }
 
 /// The worker's settings as they are now.
@@ -479,6 +456,6 @@ pub fn worker_settings() -> WorkerSettings {
         max_response_bytes: size(&MAX_RESPONSE_BYTES),
         session_idle_timeout: time(&SESSION_IDLE_TIMEOUT_MS),
         poll_interval: time(&POLL_INTERVAL_MS),
-        audit_retention: AUDIT_RETENTION_MIN.get(),
+        retention: retention::settings(),
     }
 }

@@ -390,6 +390,11 @@ pub fn live_holders(database: pg_sys::Oid) -> Vec<u64> {
     live.map(|slot| slot.holder.load(SeqCst)).collect()
 }
 
+/// Whether leases that begin with this are those of a living worker of the database.
+pub fn is_live_holder(database: pg_sys::Oid, holder: u64) -> bool {
+    live_holders(database).contains(&holder)
+}
+
 /// Records how this worker stands; [`WorkerState::Running`] makes [`wake`] turn to it.
 pub fn set_worker_state(state: WorkerState) {
     if let Some(slot) = own_slot() {

@@ -90,14 +90,14 @@ impl Recorder {
         Self { due: now, tidy_due: now, from: 0, written: Vec::new() }
     }
 
-    /// When there may be something to do.
-    pub fn due(&self) -> Instant {
-        self.due.min(self.tidy_due)
+    /// When there may be something to do; `tidies`: to delete, too.
+    pub fn due(&self, tidies: bool) -> Instant {
+        if tidies { self.due.min(self.tidy_due) } else { self.due }
     }
 
     /// What there is to do now.
-    pub fn batch(&mut self, now: Instant, poll_interval: Duration) -> Option<Batch> {
-        let tidy = now >= self.tidy_due;
+    pub fn batch(&mut self, now: Instant, poll_interval: Duration, tidies: bool) -> Option<Batch> {
+        let tidy = tidies && now >= self.tidy_due;
         let mut batch = Batch { windows: Vec::new(), next: None, tidy };
         if now >= self.due
             && let Some(table) = rates::table()

@@ -82,7 +82,8 @@ pub fn recount(schedule: &Schedule, picks: &mut [Pick], claimed: &[ClaimedJob]) 
 impl Worker {
     /// When [`Self::record_limits`] may have something to do.
     pub fn limits_due(&self) -> Option<Instant> {
-        (self.place.number == 0 && !self.outdated).then(|| self.recorder.due())
+        let tidies = self.settings.retention.auto_cleanup;
+        (self.place.number == 0 && !self.outdated).then(|| self.recorder.due(tidies))
     }
 
     /// Writes a batch down, in a transaction of its own: what fails here holds no job up.
@@ -91,7 +92,7 @@ impl Worker {
         if self.limits_due().is_none_or(|due| now < due) {
             return;
         }
-        let Some(batch) = self.recorder.batch(now, poll_interval) else { return };
+        let Some(batch) = self.recorder.batch(now, poll_interval, self.settings.retention.auto_cleanup) else { return };
         let extension = self.extension;
         // It was done in memory before; that it is done is not worth waiting for.
         let done = transaction::run_with(c"nexus_hub: recording rate limits", transaction::Durability::Later, || {

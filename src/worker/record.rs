@@ -84,7 +84,7 @@ impl Worker {
     /// Tells whether it went well.
     fn write_records(&mut self) -> bool {
         let now = Instant::now();
-        let (extension, database, retention) = (self.extension, self.database, self.settings.audit_retention);
+        let (extension, database, retention) = (self.extension, self.database, self.settings.retention);
         let is_poll = now >= self.records.next_poll;
         let (events, slots) = shmem::audit::full(database, BATCH);
         let lost = audit::lost(database);
@@ -109,7 +109,7 @@ impl Worker {
                 found.written = vault::write_wear(database)?;
             }
             if tidies {
-                found.has_more_to_prune = audit::prune(retention)?;
+                found.has_more_to_prune = retention.auto_cleanup && audit::prune(retention.audit)?;
                 found.worn = Some(vault::worn()?);
             }
             Ok::<_, pgrx::spi::SpiError>(found)

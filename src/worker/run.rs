@@ -5,6 +5,7 @@
 use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
+use super::prune::Pruner;
 use super::record::Records;
 use super::step::{Running, Step, finished};
 use super::{rotate, start};
@@ -95,6 +96,8 @@ pub struct Worker {
     pub failures: u32,
     /// No transaction before this time.
     pub not_before: Option<Instant>,
+    /// Deletes what is old.
+    pub pruner: Pruner,
     /// Writes down what was counted of rate limits.
     pub recorder: Recorder,
     /// The process that rotates the vault's keys.
@@ -145,6 +148,7 @@ impl Worker {
             }
             self.record();
             self.record_limits();
+            self.prune();
             self.wait();
             if self.in_flight.len() >= GATHER_IN_FLIGHT && (1..GATHER_OUTCOMES).contains(&self.tried.len()) {
                 std::thread::sleep(GATHER_TIME);
@@ -217,6 +221,7 @@ impl Worker {
                 .chain(record_at)
                 .chain([self.next_poll])
                 .chain(self.limits_due())
+                .chain(self.prune_at())
                 .min()
                 .unwrap_or(now);
             next.saturating_duration_since(now)

@@ -4,6 +4,7 @@ use super::assign::Edge;
 use super::backlog::Backlog;
 use super::feed::Feed;
 use super::limits::SharedMeter;
+use super::prune::Pruner;
 use super::record::Records;
 use super::rotate;
 use super::run::{GONE, RESTART, Worker};
@@ -127,6 +128,7 @@ pub fn main(slot: usize) -> i32 {
         // At once: jobs of a worker that is gone are given back by the poll.
         next_poll: now,
         records: Records::new(now),
+        pruner: Pruner::new(now),
         failures: 0,
         not_before: None,
         rotation: rotate::Post::default(),

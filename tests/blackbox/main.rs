@@ -2,6 +2,7 @@
 
 mod architecture;
 mod audit;
+mod cleanup;
 mod edge;
 mod egress;
 mod hostile;

@@ -88,7 +88,8 @@ INSERT INTO impossible VALUES
     ('job_results_state', 'job_type, server_id, tool_name, status, started_at, result', $$'tool_invoke', 's', 't', 'running', now(), '{}'$$),
     ('job_results_state', 'job_type, server_id, tool_name, status, started_at, error', $$'tool_invoke', 's', 't', 'running', now(), 'oops'$$),
     ('job_results_counts', 'job_type, server_id, tool_name, attempt', $$'tool_invoke', 's', 't', -1$$),
-    ('job_results_counts', 'job_type, server_id, tool_name, crashes', $$'tool_invoke', 's', 't', -1$$);
+    ('job_results_counts', 'job_type, server_id, tool_name, crashes', $$'tool_invoke', 's', 't', -1$$),
+    ('job_results_counts', 'job_type, server_id, tool_name, failures', $$'tool_invoke', 's', 't', -1$$);
 SELECT throws_ok(format('INSERT INTO job_results (%s) VALUES (%s)', fields, value), '23514',
                  format('new row for relation "job_results" violates check constraint "%s"', name),
                  format('%s refuses (%s) = (%s)', name, fields, value))
@@ -148,10 +149,8 @@ SELECT lives_ok(format($$INSERT INTO job_results (job_type, server_id, tool_name
                ('idempotency_key', $$'x'$$), ('idempotency_key', $$repeat('ü', 255)$$), ('idempotency_key', 'NULL')) AS t (field, value);
 SELECT throws_ok(format('INSERT INTO job_results (job_type, server_id, tool_name, %I) VALUES (''tool_invoke'', ''s'', ''t'', NULL)', needed), '23502', NULL,
                  format('job_results.%s is never NULL', needed))
-  FROM unnest(ARRAY['id', 'params', 'status', 'created_at', 'priority', 'run_at', 'attempt', 'crashes']) AS needed;
+  FROM unnest(ARRAY['id', 'params', 'status', 'created_at', 'priority', 'run_at', 'attempt', 'crashes', 'failures']) AS needed;
 SELECT throws_ok('INSERT INTO job_results (server_id, tool_name) VALUES (''s'', ''t'')', '23502', NULL, 'job_results.job_type is never NULL');
-SELECT throws_ok('INSERT INTO job_attempts (job_id, attempt, started_at, error) VALUES (gen_random_uuid(), 1, now(), ''e'')', '23503', NULL,
-                 'there is no attempt of a job that is not there');
 SELECT throws_ok(format('INSERT INTO job_attempts SELECT (jsonb_populate_record((gen_random_uuid(), id, 1, now(), now(), 500, ''e'')::job_attempts, ''{"%s": null}'')).* FROM made', needed),
                  '23502', NULL, format('job_attempts.%s is never NULL', needed))
   FROM unnest(ARRAY['id', 'job_id', 'attempt', 'started_at', 'finished_at', 'error']) AS needed;

@@ -84,6 +84,7 @@ SELECT set_eq(
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('primary_vault_key', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
                        ('open_secret', 'service_role'), ('api_key_object', 'service_role'),
+                       ('cleanup_jobs', 'service_role'), ('job_retention', 'service_role'), ('days', 'service_role'),
                        ('limit_request', 'service_role'), ('answer_request', 'service_role'), ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
@@ -183,17 +184,18 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', st
 SELECT throws_ok(format('INSERT INTO job_results (user_id, job_type, server_id, tool_name, %I)
                          VALUES (nexus_hub_uid(), ''tool_invoke'', ''s'', ''t'', NULL)', forbidden),
                  '42501', NULL, format('authenticated cannot insert a job''s %s', forbidden))
-  FROM unnest(ARRAY['id', 'result', 'error', 'created_at', 'started_at', 'completed_at', 'lease', 'attempt', 'crashes']) AS forbidden;
+  FROM unnest(ARRAY['id', 'result', 'error', 'created_at', 'started_at', 'completed_at', 'lease', 'attempt', 'crashes', 'failures']) AS forbidden;
 RESET ROLE;
 
 -- ── service_role ──
 
 SELECT is_empty(
     $$SELECT call FROM extension_function
-       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column', 'cleanup_vault_audit') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
-    'service_role may execute every public function but adopt_vault_key, cleanup_vault_audit, and those for tables'' owners');
+       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column', 'cleanup_vault_audit', 'cleanup_rate_limit_tracking') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
+    'service_role may execute every public function but adopt_vault_key, cleanup_vault_audit, cleanup_rate_limit_tracking, and those for tables'' owners');
 SELECT is(has_function_privilege('service_role', format('%I.adopt_vault_key()', :'schema'), 'EXECUTE'), false, 'which is the owner''s alone');
 SELECT is(has_function_privilege('service_role', format('%I.cleanup_vault_audit(integer)', :'schema'), 'EXECUTE'), false, 'and so is that: who is audited cannot erase');
+SELECT is(has_function_privilege('service_role', format('%I.cleanup_rate_limit_tracking(integer)', :'schema'), 'EXECUTE'), false, 'and that');
 SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
@@ -222,6 +224,8 @@ SELECT is_empty('SELECT * FROM circuit_breakers', 'service_role reads circuit_br
 SELECT lives_ok('SELECT * FROM vault_audit', 'service_role reads vault_audit');
 SELECT isnt(insert_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai', 'k'), NULL, 'service_role stores a user''s API key');
 SELECT is(get_user_api_key('aaaaaaaa-0000-4000-8000-000000000001', 'openai'), 'k', 'service_role reads a user''s API key');
+SELECT is(cleanup_old_job_results(), 0, 'service_role cleans up');
+SELECT is((cleanup_job_results_manual()).total_deleted, 0, 'by hand, too');
 SELECT is(check_rate_limit('s', NULL, 10), true, 'service_role calls check_rate_limit');
 SELECT is((rate_limit('k', 10)).remaining, 9, 'service_role calls rate_limit');
 SELECT is((SELECT count(*) FROM rate_limit_all('{a,b}', '{1,1}')), 2::bigint, 'service_role calls rate_limit_all');

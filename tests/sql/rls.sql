@@ -209,7 +209,7 @@ SELECT results_eq('SELECT id, status FROM job_results', $$SELECT pg_temp.made('j
 -- ── Attempts, and jobs that failed ──
 
 RESET ROLE;
-UPDATE job_results SET status = 'failed', attempt = 3 WHERE id IN (pg_temp.made('job a'), pg_temp.made('job b'), pg_temp.made('job of nobody'));
+UPDATE job_results SET status = 'failed', attempt = 3, failures = 2 WHERE id IN (pg_temp.made('job a'), pg_temp.made('job b'), pg_temp.made('job of nobody'));
 INSERT INTO job_attempts (job_id, attempt, started_at, error)
     SELECT id, attempt, now(), 'of ' || name FROM made, generate_series(1, 2) AS attempt WHERE name IN ('job a', 'job b', 'job of nobody');
 SELECT pg_temp.as_user(:a);

@@ -36,6 +36,9 @@ SELECT set_eq(
     ('decrypt_config', 'encrypted bytea, context text DEFAULT NULL::text', 'jsonb'),
     ('adopt_vault_key', '', 'text'),
     ('cleanup_vault_audit', 'p_days integer DEFAULT 90', 'integer'),
+    ('cleanup_old_job_results', '', 'integer'),
+    ('cleanup_job_results_manual', 'p_days_completed integer DEFAULT 7, p_days_orphaned integer DEFAULT 1', 'TABLE(deleted_completed integer, deleted_orphaned integer, total_deleted integer)'),
+    ('cleanup_rate_limit_tracking', 'p_days integer DEFAULT 1', 'integer'),
     ('rotate_vault_key', '', 'TABLE(servers_updated integer, errors text[])'),
     ('start_vault_rotation', '', 'text'),
     ('pause_vault_rotation', '', 'boolean'),
@@ -122,6 +125,7 @@ SELECT set_has(
     ('job_results', 'max_attempts', 'integer', NULL),
     ('job_results', 'attempt', 'integer', '0'),
     ('job_results', 'crashes', 'integer', '0'),
+    ('job_results', 'failures', 'integer', '0'),
     ('job_results', 'idempotency_key', 'text', NULL),
     ('job_attempts', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
     ('job_attempts', 'job_id', 'uuid', NULL),
@@ -186,7 +190,7 @@ SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L
 SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
-    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'),
+    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'), ('cleanup_old_job_results', 'v'), ('cleanup_job_results_manual', 'v'), ('cleanup_rate_limit_tracking', 'v'),
     ('start_vault_rotation', 'v'), ('pause_vault_rotation', 'v'), ('resume_vault_rotation', 'v'), ('register_vault_column', 'v'), ('unregister_vault_column', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('create_secret', 'v'), ('update_secret', 'v'), ('delete_secret', 'v'), ('list_secrets', 's'),
