@@ -18,7 +18,7 @@ beside_writer() { # command...
     local script=$dir/writer.sql writer from begin
     cat >"$script" <<'SQL'
 INSERT INTO job_results (job_type, server_id, tool_name, run_at) VALUES ('tool_invoke', 's', 't', now() + interval '1 day') RETURNING id AS job \gset
-UPDATE job_results SET priority = 6 WHERE id = :'job';
+UPDATE job_results SET priority = 6 WHERE id = ':job';
 SQL
     "${as_server[@]}" mkdir -p "$dir/writer"
     chmod 777 "$dir/writer"

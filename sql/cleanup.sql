@@ -81,6 +81,11 @@ CREATE FUNCTION _nexus_hub.delete_old_jobs(
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_custom_plan
+-- In the order of an index, whatever the statistics say, which may be of an empty table.
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET enable_sort = off
+SET jit = off
 SET lock_timeout = '50ms'
 AS $$
 DECLARE

@@ -116,6 +116,10 @@ BEGIN
             @extschema@.enforce_rate_limits(text[], text[], integer[], integer[], integer[], integer[]),
             _nexus_hub.limit_request(text[], text[], integer[], integer[], integer[], integer[]),
             _nexus_hub.answer_request(boolean, text, text, bigint, text),
+            @extschema@.nexus_hub_health(),
+            _nexus_hub.health(),
+            _nexus_hub.alerts(),
+            _nexus_hub.health_summary(),
             @extschema@.cleanup_old_job_results(),
             @extschema@.cleanup_job_results_manual(integer, integer),
             _nexus_hub.cleanup_jobs(interval, interval),
@@ -124,6 +128,7 @@ BEGIN
             _nexus_hub.rate_limit_minutes(),
             _nexus_hub.rate_limit_statistics()
             TO service_role;
+        GRANT SELECT ON @extschema@.nexus_hub_alerts, @extschema@.system_health_summary TO service_role;
         GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_columns, @extschema@.vault_rotation, @extschema@.vault_rotation_errors,
               @extschema@.vault_audit
            TO service_role;
@@ -187,6 +192,10 @@ GRANT EXECUTE ON FUNCTION
         @extschema@.resolve_provider(uuid, text), _nexus_hub.require_service_role(boolean),
         _nexus_hub.require_service_role_for(boolean, text, uuid, text)
    TO PUBLIC;
+
+-- PostgreSQL's own role for those who watch.
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_health(), _nexus_hub.health(), _nexus_hub.alerts(), _nexus_hub.health_summary() TO pg_monitor;
+GRANT SELECT ON @extschema@.nexus_hub_alerts, @extschema@.system_health_summary TO pg_monitor;
 
 SELECT _nexus_hub.grant_api();
 

@@ -18,3 +18,4 @@ pub mod redact;
 pub mod schedule;
 pub mod secret;
 pub mod sweep;
+pub mod vigil;

@@ -71,6 +71,15 @@ pub fn problem() -> Option<String> {
     })
 }
 
+/// Why the vault cannot be used in this database, if so; see the function's COMMENT.
+#[pg_extern(sql = false)]
+fn vault_problem() -> Result<Option<String>, pgrx::spi::SpiError> {
+    if !keys::configured() {
+        return Ok(custody::is_used()?.then(|| "no vault key is configured".to_owned()));
+    }
+    problem().map_or_else(stranger, |problem| Ok(Some(problem)))
+}
+
 /// Encrypts a text under the first vault key, bound to `context` where one is given.
 pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let ring = keys::ring()?;

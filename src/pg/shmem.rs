@@ -5,6 +5,7 @@
 
 pub mod audit;
 pub mod keys;
+pub mod pulse;
 pub mod rates;
 pub mod tally;
 
@@ -85,6 +86,7 @@ struct Slot {
     wake: AtomicBool,
     /// Entries of the audit that were put in since the worker took some: see [`audit`].
     noted: AtomicU32,
+    pulse: pulse::Pulse,
     latch: AtomicPtr<pg_sys::Latch>,
 }
 
@@ -294,6 +296,7 @@ pub fn reserve_slot(database: pg_sys::Oid, place: Place) -> Option<usize> {
     slot.poll.store(false, SeqCst);
     slot.wake.store(false, SeqCst);
     slot.noted.store(0, SeqCst);
+    slot.pulse.stop();
     slot.place.store(place.into_u32(), SeqCst);
     slot.holder.store(0, SeqCst);
     slot.latch.store(null_mut(), SeqCst);
@@ -342,6 +345,7 @@ pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
     // SAFETY: registers a callback of this library, which stays loaded.
     unsafe { pg_sys::before_shmem_exit(Some(detach_worker), pg_sys::Datum::from(0)) };
     slot.latch.store(own_latch(), SeqCst);
+    slot.pulse.start();
     let database = slot.database.load(SeqCst);
     let own_place = place(slot);
     let rival = shared.slots.iter().enumerate().any(|(other, slot)| {

@@ -68,6 +68,12 @@ fn look(ring: &KeyRing, may_write: bool) -> Result<(bool, Vec<String>), SpiError
     })
 }
 
+/// Whether anything was ever encrypted in this database.
+pub fn is_used() -> Result<bool, SpiError> {
+    let query = "SELECT EXISTS (SELECT FROM _nexus_hub.known_vault_keys)";
+    Ok(Spi::connect(|client| client.select(query, Some(1), &[])?.first().get_one())? == Some(true))
+}
+
 /// Why nothing can be encrypted in this database, if the keys are not its own. Call it in a transaction.
 pub fn stranger() -> Result<Option<String>, SpiError> {
     let Some(ring) = keys::configured().then(keys::ring).and_then(Result::ok) else { return Ok(None) };

@@ -112,6 +112,7 @@ impl Worker {
                 return self.finish();
             }
             bgworker::handle_interrupts();
+            shmem::pulse::beat(self.in_flight.len());
             if bgworker::reload_configuration() {
                 self.take_settings();
             }

@@ -5,6 +5,7 @@ mod audit;
 mod cleanup;
 mod edge;
 mod egress;
+mod health;
 mod hostile;
 mod http;
 mod install;

@@ -84,6 +84,8 @@ SELECT set_eq(
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('primary_vault_key', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
                        ('open_secret', 'service_role'), ('api_key_object', 'service_role'),
+                       ('health', 'service_role'), ('alerts', 'service_role'), ('health_summary', 'service_role'),
+                       ('health', 'pg_monitor'), ('alerts', 'pg_monitor'), ('health_summary', 'pg_monitor'),
                        ('cleanup_jobs', 'service_role'), ('job_retention', 'service_role'), ('days', 'service_role'),
                        ('limit_request', 'service_role'), ('answer_request', 'service_role'), ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
@@ -204,7 +206,7 @@ SELECT set_eq(
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
       UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT'),
                        ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT'),
-                       ('vault_audit', 'SELECT'), ('rate_limit_tracking', 'SELECT'), ('rate_limit_stats', 'SELECT')$$,
+                       ('vault_audit', 'SELECT'), ('nexus_hub_alerts', 'SELECT'), ('system_health_summary', 'SELECT'), ('rate_limit_tracking', 'SELECT'), ('rate_limit_stats', 'SELECT')$$,
     'service_role may read every public table, and write all but those that the worker alone writes');
 
 SELECT pg_temp.as_role('service_role');

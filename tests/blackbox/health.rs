@@ -1,0 +1,208 @@
+//! Health: what a watcher sees of a real server, in psql and through PostgREST.
+
+use crate::support::*;
+use crate::vault::KEY;
+use postgres::Client;
+use serde_json::{Value, json};
+
+fn health(client: &mut Client) -> Value {
+    value(client, "SELECT nexus_hub_health()")
+}
+
+fn reasons(health: &Value) -> Vec<&str> {
+    health["reasons"]
+        .as_array()
+        .expect("an array")
+        .iter()
+        .map(|reason| reason["name"].as_str().expect("a name"))
+        .collect()
+}
+
+#[test]
+fn a_database_at_work_is_ok_and_says_who_works() {
+    let gate = Gate::default();
+    let server = gate.server();
+    let cluster = Cluster::start(&["nexus_hub.workers_per_database = 2", "nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    client.batch_execute(&format!("SELECT http_get('{}')", server.url)).expect("http_get");
+    let running =
+        "SELECT EXISTS (SELECT FROM system_health_summary WHERE status = 'ok' AND running = 1 AND active_sessions = 1)";
+    wait_until("the request in flight is seen", || value(&mut client, running));
+    let seen = health(&mut client);
+    assert_eq!(seen["reasons"], json!([]));
+    assert_eq!((&seen["preloaded"], &seen["standby"], &seen["enabled"]), (&json!(true), &json!(false), &json!(true)));
+    assert_eq!(seen["version"], env!("CARGO_PKG_VERSION"));
+    let workers: Vec<_> = seen["workers"]
+        .as_array()
+        .expect("an array")
+        .iter()
+        .filter(|worker| worker["database"] == *database.name)
+        .collect();
+    let pids: Vec<i32> = client
+        .query("SELECT pid FROM pg_stat_activity WHERE backend_type = 'nexus_hub worker' AND datname = current_database() ORDER BY pid", &[])
+        .expect("pg_stat_activity")
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    let mut seen_pids: Vec<_> = workers.iter().map(|worker| worker["pid"].as_i64().expect("a pid") as i32).collect();
+    seen_pids.sort_unstable();
+    assert_eq!(seen_pids, pids);
+    for (number, worker) in workers.iter().enumerate() {
+        assert_eq!(
+            (&worker["number"], &worker["of"], &worker["state"]),
+            (&json!(number), &json!(2), &json!("running"))
+        );
+    }
+    // Each look leaves a later sign of life.
+    let last_loop = |client: &mut Client| {
+        health(client)["workers"]
+            .as_array()
+            .expect("an array")
+            .iter()
+            .map(|worker| worker["last_loop"].as_str().expect("a time").to_owned())
+            .min()
+    };
+    let before = last_loop(&mut client);
+    wait_until("they are at work", || last_loop(&mut client) > before);
+    assert!(seen["rate_limits"]["max_keys"].as_i64().expect("a number") > 0);
+    gate.open();
+    wait_until("the job is done", || value::<i64>(&mut client, "SELECT running FROM system_health_summary") == 0);
+}
+
+#[test]
+fn without_the_library_preloaded_it_is_down_and_says_what_to_do() {
+    let cluster = Cluster::start(&["shared_preload_libraries = ''"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let seen = health(&mut client);
+    assert_eq!((&seen["status"], &seen["preloaded"], &seen["workers"]), (&json!("down"), &json!(false), &json!([])));
+    assert_eq!(reasons(&seen), ["worker_down"]);
+    assert_eq!(
+        seen["reasons"][0]["reason"],
+        "nexus_hub is not preloaded: add it to shared_preload_libraries and restart the server"
+    );
+    let firing: String = value(
+        &mut client,
+        "SELECT string_agg(name || ' ' || severity || ' ' || value, ',') FROM nexus_hub_alerts WHERE firing",
+    );
+    assert_eq!(firing, "worker_down critical 1");
+}
+
+#[test]
+fn a_worker_that_finds_no_process_is_missed_and_one_that_comes_back_is_not() {
+    let cluster = Cluster::start(&["max_worker_processes = 1"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    // The launcher has the only process.
+    let seen = health(&mut client);
+    assert_eq!((&seen["status"], reasons(&seen)), (&json!("down"), vec!["worker_down"]));
+    assert!(seen["reasons"][0]["reason"].as_str().expect("a text").contains("max_worker_processes"));
+    cluster.configure(&[]);
+    drop(client);
+    cluster.pg_ctl(&["restart", "-m", "fast"]);
+    let mut client = cluster.reconnect(&database.name);
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+}
+
+#[test]
+fn a_key_that_cannot_be_used_degrades_it_without_being_shown() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    let with_keys = |text: &str, client: &mut Client| {
+        cluster.write_key_file(text);
+        client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    };
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    let bad = KEY.replace('0', "x");
+    with_keys(&bad, &mut client);
+    wait_until("the key is missed", || reasons(&health(&mut client)) == ["vault_key_unusable"]);
+    let seen = health(&mut client);
+    assert_eq!((&seen["status"], &seen["vault"]["usable"]), (&json!("degraded"), &json!(false)));
+    assert!(!seen.to_string().contains(&bad), "{seen}");
+    with_keys(KEY, &mut client);
+    wait_until("it is ok again", || health(&mut client)["status"] == "ok");
+    cluster.configure(&["nexus_hub.vault_key_file = ''"]);
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    wait_until("none is missed, too", || health(&mut client)["vault"]["problem"] == "no vault key is configured");
+}
+
+#[test]
+fn a_standby_is_ok_without_a_worker() {
+    let primary = Cluster::start(&["wal_level = replica"]);
+    let database = primary.database();
+    database.connect().batch_execute("SELECT encrypt_token('t')").expect("encrypt");
+    let standby = Cluster::standby_of(&primary);
+    let mut client = standby.connect(&database.name);
+    let seen = health(&mut client);
+    assert_eq!((&seen["status"], &seen["standby"], &seen["workers"]), (&json!("ok"), &json!(true), &json!([])));
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM nexus_hub_alerts WHERE firing"), 0);
+}
+
+#[test]
+fn a_monitoring_role_reads_it_and_learns_nothing_else() {
+    let database = shared().database();
+    let mut client = database.connect();
+    client
+        .batch_execute(
+            "DROP ROLE IF EXISTS watcher; CREATE ROLE watcher; GRANT pg_monitor TO watcher; SET ROLE watcher",
+        )
+        .expect("role");
+    for query in ["SELECT nexus_hub_health()", "SELECT * FROM nexus_hub_alerts", "SELECT * FROM system_health_summary"]
+    {
+        client.batch_execute(query).expect(query);
+    }
+    for query in [
+        "SELECT FROM job_results",
+        "SELECT cleanup_old_job_results()",
+        "SELECT FROM vault_audit",
+        "SELECT _nexus_hub.situation()",
+    ] {
+        assert_eq!(error_of(&mut client, query).0, "42501", "{query}");
+    }
+    client.batch_execute("RESET ROLE; DROP ROLE watcher").expect("role");
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn postgrest_answers_200_while_jobs_run_and_503_when_they_do_not() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    let ask = |api: &PostgRest, client: &mut Client, role: &str, method: &str| {
+        let token = bearer(client, role, ALICE);
+        let answer = api.ask(
+            method,
+            "/rpc/nexus_hub_health",
+            &[("Authorization", &token)],
+            if method == "POST" { "{}" } else { "" },
+        );
+        (answer.status, answer.body)
+    };
+    {
+        let api = PostgRest::start(&database, &[]);
+        for method in ["GET", "POST"] {
+            let (status, body) = ask(&api, &mut client, "service_role", method);
+            assert_eq!((status, &body["status"]), (200, &json!("ok")), "{method}");
+        }
+        // Degraded is for people to look at, not for a load balancer.
+        client.batch_execute("INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES ('h:80', 7, 'open', 5, now(), 'e')").expect("INSERT");
+        let (status, body) = ask(&api, &mut client, "service_role", "GET");
+        assert_eq!((status, &body["status"]), (200, &json!("degraded")));
+        assert_eq!(ask(&api, &mut client, "authenticated", "GET").0, 403);
+        assert_eq!(ask(&api, &mut client, "anon", "GET").0, 401);
+    }
+    cluster.configure(&["shared_preload_libraries = ''"]);
+    drop(client);
+    cluster.pg_ctl(&["restart", "-m", "fast"]);
+    let mut client = cluster.reconnect(&database.name);
+    let api = PostgRest::start(&database, &[]);
+    for method in ["GET", "POST"] {
+        let (status, body) = ask(&api, &mut client, "service_role", method);
+        assert_eq!((status, &body["status"], &body["preloaded"]), (503, &json!("down"), &json!(false)), "{method}");
+    }
+}
