@@ -8,7 +8,7 @@ shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
 
 # In this order; the last one stops the cluster.
-parts=(throughput backlog old_snapshot latency memory idle mcp vault rates cleanup shutdown)
+parts=(throughput backlog old_snapshot latency memory idle mcp vault rates cleanup health shutdown)
 wanted=("${@:-${parts[@]}}")
 for part in "${wanted[@]}"; do
     if [[ " ${parts[*]} " != *" $part "* ]]; then
@@ -22,7 +22,7 @@ done
 start_cluster
 start_nginx
 open_session
-for file in throughput backlog latency resources mcp vault rates cleanup; do
+for file in throughput backlog latency resources mcp vault rates cleanup health; do
     # shellcheck source=/dev/null # those beside this one
     . "benches/$file.sh"
 done

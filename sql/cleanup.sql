@@ -106,6 +106,10 @@ BEGIN
                count(*) = p_limit OR coalesce(bool_or(NOT o.fits), false)
           INTO deleted, next, more
           FROM old o;
+        IF more AND deleted = 0 THEN
+            -- A trigger of the user's lets none go: past those of this very time.
+            next := next + interval '1 microsecond';
+        END IF;
         RETURN;
     EXCEPTION
         WHEN serialization_failure OR invalid_transaction_state OR insufficient_resources OR operator_intervention
@@ -156,6 +160,22 @@ END
 $$;
 COMMENT ON FUNCTION _nexus_hub.delete_old_jobs(text, integer, timestamptz, timestamptz, integer, bigint) IS
     'Deletes those jobs of old_jobs until their values have p_bytes. kept: those that could not be deleted, and problem: why the first could not. next: where to go on. more: whether there may be more.';
+
+CREATE FUNCTION _nexus_hub.prune_jobs(
+    p_status text, p_minutes integer, p_from timestamptz, p_limit integer, p_bytes bigint,
+    OUT deleted integer, OUT kept integer, OUT problem text, OUT next timestamptz, OUT more boolean)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- Or what a deferred foreign key of the user's holds would be known at the commit only, and hold up all others.
+    SET CONSTRAINTS ALL IMMEDIATE;
+    SELECT d.deleted, d.kept, d.problem, d.next, d.more INTO deleted, kept, problem, next, more
+      FROM _nexus_hub.delete_old_jobs(p_status, NULL, now() - make_interval(mins => p_minutes), p_from, p_limit, p_bytes) d;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.prune_jobs(text, integer, timestamptz, integer, bigint) IS
+    'Called by the worker: delete_old_jobs for jobs that ended in a way so many minutes ago.';
 
 CREATE FUNCTION _nexus_hub.delete_old_attempts(p_before timestamptz, p_limit integer) RETURNS integer
 LANGUAGE sql VOLATILE

@@ -117,6 +117,8 @@ BEGIN
             _nexus_hub.limit_request(text[], text[], integer[], integer[], integer[], integer[]),
             _nexus_hub.answer_request(boolean, text, text, bigint, text),
             @extschema@.nexus_hub_health(),
+            @extschema@.nexus_hub_metrics(),
+            _nexus_hub.metrics_page(),
             _nexus_hub.health(),
             _nexus_hub.alerts(),
             _nexus_hub.health_summary(),
@@ -128,6 +130,7 @@ BEGIN
             _nexus_hub.rate_limit_minutes(),
             _nexus_hub.rate_limit_statistics()
             TO service_role;
+        GRANT USAGE ON SCHEMA nexus_hub_media_types TO service_role;
         GRANT SELECT ON @extschema@.nexus_hub_alerts, @extschema@.system_health_summary TO service_role;
         GRANT SELECT ON @extschema@.vault_keys, @extschema@.vault_columns, @extschema@.vault_rotation, @extschema@.vault_rotation_errors,
               @extschema@.vault_audit
@@ -194,7 +197,9 @@ GRANT EXECUTE ON FUNCTION
    TO PUBLIC;
 
 -- PostgreSQL's own role for those who watch.
-GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_health(), _nexus_hub.health(), _nexus_hub.alerts(), _nexus_hub.health_summary() TO pg_monitor;
+GRANT USAGE ON SCHEMA nexus_hub_media_types TO pg_monitor;
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_health(), _nexus_hub.health(), _nexus_hub.alerts(), _nexus_hub.health_summary(),
+        @extschema@.nexus_hub_metrics(), _nexus_hub.metrics_page() TO pg_monitor;
 GRANT SELECT ON @extschema@.nexus_hub_alerts, @extschema@.system_health_summary TO pg_monitor;
 
 SELECT _nexus_hub.grant_api();

@@ -76,6 +76,8 @@ impl Stage {
 #[derive(Debug)]
 pub struct Done {
     pub swept: Swept<TimestampWithTimeZone>,
+    /// Rows that were deleted, or ended.
+    pub rows: u64,
     /// Rows that could not be deleted, and why the first could not.
     pub kept: Option<(i32, String)>,
 }
@@ -87,7 +89,7 @@ pub fn batch(stage: Stage, from: TimestampWithTimeZone, retention: Retention) ->
         Stage::Attempts => retention.attempts,
         Stage::Orphans => retention.orphaned,
     };
-    let mut done = Done { swept: Swept { next: from, more: false }, kept: None };
+    let mut done = Done { swept: Swept { next: from, more: false }, rows: 0, kept: None };
     if minutes == 0 {
         return Ok(done);
     }
@@ -95,27 +97,30 @@ pub fn batch(stage: Stage, from: TimestampWithTimeZone, retention: Retention) ->
     Spi::connect(|client| {
         match stage {
             Stage::Ended(status) => {
-                let delete = "SELECT deleted, kept, problem, next, more
-                                FROM _nexus_hub.delete_old_jobs($1, NULL, now() - make_interval(mins => $2), $3, $4, $5)";
+                let delete = "SELECT deleted, kept, problem, next, more FROM _nexus_hub.prune_jobs($1, $2, $3, $4, $5)";
                 let arguments = [status.into(), minutes.into(), from.into(), BATCH.into(), BATCH_BYTES.into()];
                 let row = client.select(delete, Some(1), &arguments)?.first();
+                done.rows = u64::from(row.get::<i32>(1)?.unwrap_or(0).unsigned_abs());
                 let kept = row.get::<i32>(2)?.filter(|kept| *kept > 0);
                 done.kept = kept.zip(row.get::<String>(3)?);
                 done.swept = Swept { next: row.get(4)?.unwrap_or(from), more: row.get(5)? == Some(true) };
             }
             Stage::Attempts => {
                 let delete = "SELECT _nexus_hub.delete_old_attempts(now() - make_interval(mins => $1), $2)";
-                done.swept.more = is_full(client.select(delete, Some(1), &[minutes.into(), BATCH.into()])?)?;
+                (done.rows, done.swept.more) =
+                    count(client.select(delete, Some(1), &[minutes.into(), BATCH.into()])?)?;
             }
             Stage::Orphans => {
                 let fail = "SELECT _nexus_hub.fail_orphans(make_interval(mins => $1), $2)";
-                done.swept.more = is_full(client.select(fail, Some(1), &[minutes.into(), BATCH.into()])?)?;
+                (done.rows, done.swept.more) = count(client.select(fail, Some(1), &[minutes.into(), BATCH.into()])?)?;
             }
         }
         Ok(done)
     })
 }
 
-fn is_full(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<bool, SpiError> {
-    Ok(rows.first().get_one::<i32>()? == Some(BATCH))
+/// How many rows it was, and whether there may be more.
+fn count(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<(u64, bool), SpiError> {
+    let count = rows.first().get_one::<i32>()?.unwrap_or(0);
+    Ok((u64::from(count.unsigned_abs()), count == BATCH))
 }

@@ -9,6 +9,7 @@ pub mod envelope;
 pub mod job;
 pub mod json;
 pub mod keyring;
+pub mod metrics;
 pub mod needle;
 pub mod percent;
 pub mod placeholder;

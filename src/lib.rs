@@ -1,6 +1,6 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `cleanup`, `health`, `jobs`, `rate_limit`, `secrets`, `servers`,
+//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `cleanup`, `health`, `jobs`, `metrics`, `rate_limit`, `secrets`, `servers`,
 //! `vault` → `net` and `pg` → `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
@@ -11,6 +11,7 @@ mod cleanup;
 mod domain;
 mod health;
 mod jobs;
+mod metrics;
 mod net;
 mod pg;
 mod rate_limit;
@@ -39,6 +40,7 @@ extension_sql_file!("../sql/rate_limit.sql", name = "rate_limit", requires = ["b
 extension_sql_file!("../sql/request_limit.sql", name = "request_limit", requires = ["rate_limit"]);
 extension_sql_file!("../sql/cleanup.sql", name = "cleanup", requires = ["request_limit"]);
 extension_sql_file!("../sql/health.sql", name = "health", requires = ["cleanup", "keys"]);
+extension_sql_file!("../sql/metrics.sql", name = "metrics", requires = ["health"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

@@ -14,9 +14,11 @@ pub use wear::{worn, write as write_wear};
 use crate::audit::{self, Kind as Use};
 use crate::domain::envelope::MIN_LENGTH;
 use crate::domain::json::is_storable;
+use crate::domain::metrics::{Counter, Vault as Operation};
 use crate::pg::error::{ErrorReport, Kind, error};
 use crate::pg::plaintext::Plaintext;
 use crate::pg::random;
+use crate::pg::shmem::counters;
 use pgrx::prelude::*;
 use zeroize::Zeroizing;
 
@@ -82,6 +84,13 @@ fn vault_problem() -> Result<Option<String>, pgrx::spi::SpiError> {
 
 /// Encrypts a text under the first vault key, bound to `context` where one is given.
 pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
+    let sealed = try_seal(text, context);
+    let what = if sealed.is_ok() { Operation::Encrypted } else { Operation::NotEncrypted };
+    counters::add(Counter::Vault(what), 1);
+    sealed
+}
+
+fn try_seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
     let ring = keys::ring()?;
     custody::admit(&ring)?;
     let iv = random::bytes()?;
@@ -94,6 +103,13 @@ pub fn seal(text: &str, context: Option<&str>) -> Result<Vec<u8>, ErrorReport> {
 
 /// Decrypts a text with whichever vault key fits.
 pub fn open(encrypted: &[u8], context: Option<&str>) -> Result<Zeroizing<String>, ErrorReport> {
+    let opened = try_open(encrypted, context);
+    let what = if opened.is_ok() { Operation::Decrypted } else { Operation::NotDecrypted };
+    counters::add(Counter::Vault(what), 1);
+    opened
+}
+
+fn try_open(encrypted: &[u8], context: Option<&str>) -> Result<Zeroizing<String>, ErrorReport> {
     if encrypted.len() < MIN_LENGTH {
         return Err(error(Kind::BadArgument, "the value is too short to be a ciphertext").set_detail(format!(
             "It has {} bytes; a ciphertext has at least {MIN_LENGTH}: 12 of IV and 16 of authentication tag.",

@@ -4,6 +4,7 @@
 //! without a chance to fail. Rate limits have a segment of their own.
 
 pub mod audit;
+pub mod counters;
 pub mod keys;
 pub mod pulse;
 pub mod rates;
@@ -99,6 +100,7 @@ struct Shared {
     keys: keys::Keys,
     tallies: tally::Tallies,
     audit: audit::Audit,
+    counters: counters::Counters,
     job_finished: UnsafeCell<pg_sys::ConditionVariable>,
 }
 

@@ -195,6 +195,7 @@ fn scan(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) {
         Ok(found) => {
             let found: HashSet<_> = found.into_iter().collect();
             shmem::audit::retain(|oid| found.contains(&oid));
+            shmem::counters::retain(|oid| found.contains(&oid));
             databases.retain(|oid, database| found.contains(oid) || database.running().next().is_some());
             for oid in found {
                 databases

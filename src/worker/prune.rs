@@ -2,7 +2,9 @@
 
 use super::run::Worker;
 use crate::cleanup::{self, Stage};
+use crate::domain::metrics::Counter;
 use crate::domain::sweep::Sweep;
+use crate::pg::shmem::counters;
 use crate::pg::{catalog, transaction};
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
@@ -60,6 +62,12 @@ impl Worker {
         match done {
             Ok(Some(done)) => {
                 self.pruner.failures = 0;
+                let counter = match stage {
+                    Stage::Ended(_) => Counter::DeletedJobs,
+                    Stage::Attempts => Counter::DeletedAttempts,
+                    Stage::Orphans => Counter::FailedOrphans,
+                };
+                counters::add(counter, done.rows);
                 if let Some((kept, problem)) = done.kept {
                     self.tell_of_kept(kept, problem);
                 }
@@ -69,6 +77,7 @@ impl Worker {
             Ok(None) => self.pruner.sweep.failed(now - epoch, self.settings.poll_interval),
             Err(failure) => {
                 self.pruner.failures += 1;
+                counters::add(Counter::FailedTransactions, 1);
                 if self.pruner.failures == if failure.transient { FAILURES_TOLD } else { 1 } {
                     log!("nexus_hub: what is old was not deleted, and is tried again: {}", failure.message);
                 }

@@ -9,6 +9,7 @@ use super::prune::Pruner;
 use super::record::Records;
 use super::step::{Running, Step, finished};
 use super::{rotate, start};
+use crate::domain::metrics::Counter;
 use crate::domain::schedule::{BreakerState, Pick, Schedule};
 use crate::jobs::queue::{Claim, Queue};
 use crate::net::outbound::Outbound;
@@ -16,7 +17,7 @@ use crate::net::{Limits, Net, ThreadGone};
 use crate::pg::bgworker::Waiter;
 use crate::pg::catalog::Extension;
 use crate::pg::guc::{Executor, WorkerSettings};
-use crate::pg::shmem::{self, Place, WorkerState};
+use crate::pg::shmem::{self, Place, WorkerState, counters};
 use crate::pg::{bgworker, catalog, transaction};
 use crate::rate_limit::Recorder;
 use pgrx::prelude::*;
@@ -113,6 +114,7 @@ impl Worker {
             }
             bgworker::handle_interrupts();
             shmem::pulse::beat(self.in_flight.len());
+            counters::add(Counter::Loops, 1);
             if bgworker::reload_configuration() {
                 self.take_settings();
             }
@@ -180,7 +182,11 @@ impl Worker {
                 // A job that was broken off is not in flight any more.
                 let Some(running) = in_flight.remove(&(outcome.job, outcome.lease)) else { continue };
                 schedule.finished(running.lane, running.counted, outcome.job.as_u128(), &outcome.ending.reach, now);
-                return Ok(Some(finished(outcome.job, outcome.lease, outcome.ending, running.attempts, settings)));
+                let Running { kind, sent_at, attempts, .. } = running;
+                if let Some(kind) = kind {
+                    counters::note_latency(kind, sent_at.elapsed());
+                }
+                return Ok(Some(finished(outcome.job, outcome.lease, kind, outcome.ending, attempts, settings)));
             }
             Ok(None)
         })?;

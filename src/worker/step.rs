@@ -7,10 +7,13 @@ use super::fill::Secrets;
 use super::limits;
 use super::run::{FLUSH_TIME, RESTART, Worker};
 use super::start;
+use crate::domain::job::JobType;
+use crate::domain::metrics::{self, Counter};
 use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
 use crate::jobs::queue::{Claim, ClaimedJob, Queue};
 use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
+use crate::pg::shmem::counters;
 use crate::pg::transaction::Durability;
 use crate::pg::{bgworker, catalog, shmem, transaction};
 use crate::rate_limit;
@@ -61,6 +64,8 @@ pub struct Running {
     pub counted: Counted,
     /// Attempts made with this one, and allowed.
     pub attempts: (i32, i32),
+    pub kind: Option<JobType>,
+    pub sent_at: Instant,
 }
 
 impl Worker {
@@ -191,6 +196,7 @@ impl Worker {
         }
         if released > 0 {
             log!("nexus_hub: gave back {released} jobs of a worker that is gone");
+            counters::add(Counter::GivenBack, u64::from(released.unsigned_abs()));
             shmem::wake(self.database, false);
         }
         if !done.claimed.is_empty() && durability == Durability::Later {
@@ -247,7 +253,8 @@ impl Worker {
                         format!("{failure} (not tried again for this job: the circuit breaker of its host is open)");
                     let ending = Ending { retry: Retry::Later, ..Ending::refused(&error) };
                     let attempts = (job.attempts, assign::max_attempts(&job));
-                    self.backlog.push(finished(job.id, done.lease, ending, attempts, &self.settings));
+                    let kind = JobType::parse(&job.job_type);
+                    self.backlog.push(finished(job.id, done.lease, kind, ending, attempts, &self.settings));
                 }
                 // Cancelled or claimed meanwhile, or locked: then the next poll finds it again.
                 (None, None) => self.schedule.not_sent(&pick, now),
@@ -259,15 +266,17 @@ impl Worker {
     fn send(&mut self, job: ClaimedJob, lease: Uuid, secrets: &Secrets, pick: &Pick) {
         let (id, lane, counted) = (job.id, pick.lane, pick.counted);
         let attempts = (job.attempts, assign::max_attempts(&job));
+        let kind = JobType::parse(&job.job_type);
         match assign::request(job, lease, self.settings.request_timeout, self.edge.as_ref(), secrets) {
             Ok(request) => {
                 // If the thread is gone, the next loop notices and the next worker takes the job.
                 self.net.send(request);
-                self.in_flight.insert((id, lease), Running { lane, counted, attempts });
+                let running = Running { lane, counted, attempts, kind, sent_at: Instant::now() };
+                self.in_flight.insert((id, lease), running);
             }
             Err(error) => {
                 self.schedule.not_sent(pick, Instant::now());
-                self.backlog.push(finished(id, lease, Ending::refused(&error), attempts, &self.settings));
+                self.backlog.push(finished(id, lease, kind, Ending::refused(&error), attempts, &self.settings));
             }
         }
     }
@@ -289,6 +298,7 @@ impl Worker {
                 return None;
             }
         }
+        counters::add(Counter::FailedTransactions, 1);
         self.failures += 1;
         self.not_before = Some(now + RETRY_DELAY);
         if self.failures == 1 {
@@ -336,9 +346,26 @@ fn release_abandoned(
 }
 
 /// What is to be written of an attempt that has ended.
-pub fn finished(job: Uuid, lease: Uuid, ending: Ending, attempts: (i32, i32), settings: &WorkerSettings) -> Finished {
+pub fn finished(
+    job: Uuid,
+    lease: Uuid,
+    kind: Option<JobType>,
+    ending: Ending,
+    attempts: (i32, i32),
+    settings: &WorkerSettings,
+) -> Finished {
     let held = ending.held.clone();
     let is_retried = ending.retry != Retry::Never && matches!(ending.verdict, Verdict::Failed { .. });
     let jitter = if is_retried { (Uuid::new_v4().as_u64_pair().1 as u32) as f64 / f64::from(u32::MAX) } else { 0.0 };
-    Finished { completion: assign::completion(job, lease, ending, attempts, settings, jitter), held }
+    let completion = assign::completion(job, lease, ending, attempts, settings, jitter);
+    if let Some(kind) = kind {
+        let ending = match (&completion.verdict, completion.retry_in) {
+            (Verdict::Completed { .. }, _) => metrics::Ending::Completed,
+            (Verdict::Failed { .. }, None) => metrics::Ending::Failed,
+            (Verdict::Failed { .. }, Some(_)) => metrics::Ending::Retried,
+            (Verdict::HandedOver, _) => metrics::Ending::HandedOver,
+        };
+        counters::add(Counter::Attempts(kind, ending), 1);
+    }
+    Finished { completion, held }
 }

@@ -219,6 +219,40 @@ fn what_a_foreign_key_or_trigger_of_the_users_holds_is_kept_with_a_warning_and_t
 }
 
 #[test]
+fn a_deferred_foreign_key_and_a_trigger_that_says_no_hold_up_nothing_else() {
+    let cluster = Cluster::start(&[SWIFT, "nexus_hub.auto_cleanup = off"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    // More than a batch, of one and the same time.
+    add_ended(&mut client, "completed", 9.0, 1200);
+    client
+        .batch_execute(
+            "UPDATE job_results SET completed_at = now() - interval '9 days';
+             CREATE TABLE invoices (job_id uuid REFERENCES job_results (id) DEFERRABLE INITIALLY DEFERRED);
+             INSERT INTO invoices SELECT id FROM job_results ORDER BY id LIMIT 2;
+             CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN CASE WHEN OLD.tool_name = 'kept' THEN NULL ELSE OLD END; END $$;
+             CREATE TRIGGER refuse BEFORE DELETE ON job_results FOR EACH ROW EXECUTE FUNCTION refuse()",
+        )
+        .expect("DDL");
+    client
+        .batch_execute(
+            "INSERT INTO job_results (job_type, server_id, tool_name, status, created_at, completed_at)
+             SELECT 'tool_invoke', 's', 'kept', 'failed', now() - interval '9 days', date_trunc('day', now()) - interval '9 days' FROM generate_series(1, 1200)",
+        )
+        .expect("INSERT");
+    add_ended(&mut client, "failed", 8.5, 3);
+    cluster.configure(&[SWIFT]);
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    wait_until("all others are gone", || count(&mut client, "tool_name <> 'kept'") == 2);
+    assert_eq!(count(&mut client, "true"), 1202);
+    // Who calls the function hears of it at the commit, as with a DELETE.
+    assert_eq!(error_of(&mut client, "SELECT cleanup_job_results_manual()").0, "23503");
+    client.batch_execute("TRUNCATE invoices").expect("TRUNCATE");
+    wait_until("then they go", || count(&mut client, "true") == 1200);
+    assert_eq!(deleted(&mut client, "cleanup_job_results_manual()"), (0, 0, 0));
+}
+
+#[test]
 fn a_lock_on_the_whole_table_makes_the_caller_wait_as_long_as_it_wants() {
     let database = shared().database();
     let mut client = database.connect();

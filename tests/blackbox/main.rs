@@ -15,6 +15,7 @@ mod jobs;
 mod lanes;
 mod leaks;
 mod mcp;
+mod metrics;
 mod online_rotation;
 mod rate_limits;
 // PostgREST's program is for these machines.

@@ -85,7 +85,7 @@ SELECT set_eq(
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
                        ('open_secret', 'service_role'), ('api_key_object', 'service_role'),
                        ('health', 'service_role'), ('alerts', 'service_role'), ('health_summary', 'service_role'),
-                       ('health', 'pg_monitor'), ('alerts', 'pg_monitor'), ('health_summary', 'pg_monitor'),
+                       ('metrics_page', 'service_role'), ('metrics_page', 'pg_monitor'), ('health', 'pg_monitor'), ('alerts', 'pg_monitor'), ('health_summary', 'pg_monitor'),
                        ('cleanup_jobs', 'service_role'), ('job_retention', 'service_role'), ('days', 'service_role'),
                        ('limit_request', 'service_role'), ('answer_request', 'service_role'), ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');

@@ -3,11 +3,15 @@
 mod cluster;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod postgrest;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod prometheus;
 mod server;
 
 pub use cluster::{Cluster, Database, shared};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub use postgrest::{PostgRest, bearer};
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use prometheus::Prometheus;
 pub use server::{Answer, EverythingServer, FakeServer, Gate, McpServer, RawServer, read_request};
 
 use postgres::Client;

@@ -72,6 +72,11 @@ impl PostgRest {
         postgrest
     }
 
+    /// Where it listens, on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Sends a request, with more headers than those it needs.
     pub fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
         self.try_ask(method, path, headers, body).expect("an answer")

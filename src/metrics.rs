@@ -1,0 +1,79 @@
+//! Metrics for Prometheus: what is counted in shared memory, and what a look at the tables adds.
+
+use crate::domain::metrics::{self, Gauges, RateGauges, WorkerGauge};
+use crate::domain::vigil;
+use crate::pg::shmem::{WorkerState, counters, pulse, rates};
+use crate::pg::{guc, identity};
+use pgrx::prelude::*;
+use pgrx::spi::SpiError;
+use std::time::Duration;
+
+/// Seconds from 1970 to 2000, from when PostgreSQL counts.
+const EPOCH: f64 = 946_684_800.0;
+
+/// The page that Prometheus reads; see the function's COMMENT.
+#[pg_extern(sql = false)]
+fn metrics_page() -> Result<String, SpiError> {
+    let mut gauges = tables()?;
+    gauges.version = env!("CARGO_PKG_VERSION");
+    gauges.workers = workers();
+    gauges.rate = rates::table().map(|table| {
+        let is = table.statistics();
+        RateGauges {
+            allowed: is.allowed,
+            denied: is.denied,
+            exempt: is.exempt,
+            no_room: is.full,
+            keys: is.keys.into(),
+            max_keys: is.max_keys.into(),
+        }
+    });
+    Ok(match counters::of(identity::database()) {
+        Some(count) => metrics::page(Some(&count), &gauges),
+        None => metrics::page(None, &gauges),
+    })
+}
+
+fn tables() -> Result<Gauges, SpiError> {
+    Spi::connect(|client| {
+        let query = "SELECT database, pending, oldest_pending_seconds, job_rows, job_bytes, unreachable_hosts FROM _nexus_hub.gauges()";
+        let row = client.select(query, Some(1), &[])?.first();
+        Ok(Gauges {
+            database: row.get(1)?.unwrap_or_default(),
+            pending: row.get(2)?,
+            oldest_pending_seconds: row.get(3)?,
+            table_rows: row.get(4)?,
+            table_bytes: row.get(5)?,
+            unreachable_hosts: row.get(6)?,
+            ..Gauges::default()
+        })
+    })
+}
+
+fn workers() -> Vec<WorkerGauge> {
+    let (database, now) = (identity::database(), identity::now());
+    let poll_interval = guc::worker_settings().poll_interval;
+    let own = pulse::sightings().into_iter().filter(|is| is.database == database);
+    let mut workers: Vec<_> = own
+        .map(|is| {
+            let unseen = is.last_loop.map(|last| Duration::from_micros(now.saturating_sub(last).max(0).unsigned_abs()));
+            let is_seen = unseen.is_some_and(|unseen| !vigil::is_stuck(unseen, poll_interval));
+            WorkerGauge {
+                number: is.place.number,
+                is_up: is.state == WorkerState::Running && is_seen,
+                last_loop: is.last_loop.map(|micros| EPOCH + micros as f64 / 1e6),
+                in_flight: is.in_flight,
+            }
+        })
+        .collect();
+    // One that has ended may be there beside the one in its place.
+    workers.sort_by_key(|worker| (worker.number, !worker.is_up));
+    workers.dedup_by_key(|worker| worker.number);
+    // One that is missing is not up.
+    for number in 0..guc::workers_per_database() {
+        if !workers.iter().any(|worker| worker.number == number) {
+            workers.push(WorkerGauge { number, is_up: false, last_loop: None, in_flight: 0 });
+        }
+    }
+    workers
+}
