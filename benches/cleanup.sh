@@ -38,7 +38,7 @@ SQL
     rm -rf "$dir/writer"
 }
 
-pause() { sleep 3; }
+pause() { sleep 30; }
 plain_delete() { sql -c "DELETE FROM job_results WHERE status IN ('completed', 'failed', 'cancelled') AND completed_at < now() - interval '7 days'"; }
 by_function() { sql -c 'SELECT cleanup_old_job_results()' >/dev/null; }
 by_worker() {
@@ -61,6 +61,7 @@ bench_cleanup() {
     row 'its WAL, MB' "$wal" "one DELETE: $plain_wal" "$(ratio "$wal" "$plain_wal")"
     row 'longest transaction of a writer meanwhile, ms' "$longest" "without a cleanup: $alone" "$(ratio "$longest" "$alone")"
     old_million
+    restart_cluster
     beside_writer by_worker
     row 'the worker by itself, a tenth of the time, seconds' "$seconds" "one DELETE: $plain" "$(ratio "$seconds" "$plain")"
     row 'its WAL, MB' "$wal" "one DELETE: $plain_wal" "$(ratio "$wal" "$plain_wal")"

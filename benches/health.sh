@@ -5,12 +5,12 @@
 # The median time of a call, in ms, of 100.
 call_time() { # expression
     sql -c "DO \$\$
-            DECLARE begin timestamptz; BEGIN
+            DECLARE begun timestamptz; BEGIN
                 CREATE TEMP TABLE took (ms double precision);
                 FOR i IN 1 .. 100 LOOP
-                    begin := clock_timestamp();
+                    begun := clock_timestamp();
                     PERFORM $1;
-                    INSERT INTO took VALUES (extract(epoch FROM clock_timestamp() - begin) * 1000);
+                    INSERT INTO took VALUES (extract(epoch FROM clock_timestamp() - begun) * 1000);
                 END LOOP;
             END \$\$" \
         -c 'SELECT round(percentile_cont(0.5) WITHIN GROUP (ORDER BY ms)::numeric, 2) FROM took'

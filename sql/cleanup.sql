@@ -42,42 +42,42 @@ COMMENT ON COLUMN _nexus_hub.job_places.lease IS 'Under which claim it runs.';
 COMMENT ON COLUMN _nexus_hub.job_places.since IS 'Since when it is finished, or runs, or could be taken.';
 COMMENT ON COLUMN _nexus_hub.job_places.bytes IS 'What its values take.';
 
-CREATE FUNCTION _nexus_hub.old_jobs(p_status text, p_priority integer, p_before timestamptz, p_from timestamptz, p_limit integer)
-RETURNS TABLE (place tid, at timestamptz, bytes_before bigint)
+CREATE FUNCTION _nexus_hub.old_jobs(p_status text, p_priority integer, p_before timestamptz, p_from timestamptz, p_from_id uuid, p_limit integer)
+RETURNS TABLE (place tid, at timestamptz, id uuid, bytes_before bigint)
 -- STABLE, with neither SET nor SECURITY DEFINER: inlined. Each branch in the order of an index, so that a batch costs the
 -- same whatever the size of the table.
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-    SELECT c.place, c.at, sum(c.bytes) OVER (ORDER BY c.at ROWS UNBOUNDED PRECEDING) - c.bytes
+    SELECT c.place, c.at, c.id, sum(c.bytes) OVER (ORDER BY c.at, c.id ROWS UNBOUNDED PRECEDING) - c.bytes
       FROM (
-        (SELECT p.place, p.completed_at AS at, p.bytes
+        (SELECT p.place, p.completed_at AS at, p.id, p.bytes
            FROM _nexus_hub.job_places p
           WHERE p_status IN ('completed', 'failed', 'cancelled') AND p.status = p_status
             AND p.status IN ('completed', 'failed', 'cancelled')
-            AND p.completed_at >= p_from AND p.completed_at < p_before
-          ORDER BY p.completed_at
+            AND (p.completed_at, p.id) > (p_from, p_from_id) AND p.completed_at < p_before
+          ORDER BY p.completed_at, p.id
           LIMIT p_limit)
         UNION ALL
-        (SELECT p.place, p.run_at, p.bytes
+        (SELECT p.place, p.run_at, p.id, p.bytes
            FROM _nexus_hub.job_places p
           WHERE p_status = 'pending' AND p.status = 'pending' AND p.priority = p_priority
-            AND p.run_at >= p_from AND p.run_at < p_before AND p.since < p_before
-          ORDER BY p.run_at
+            AND (p.run_at, p.id) > (p_from, p_from_id) AND p.run_at < p_before AND p.since < p_before
+          ORDER BY p.run_at, p.id
           LIMIT p_limit)
         UNION ALL
-        (SELECT p.place, p.started_at, p.bytes
+        (SELECT p.place, p.started_at, p.id, p.bytes
            FROM _nexus_hub.job_places p
           WHERE p_status = 'running' AND p.status = 'running'
-            AND p.started_at >= p_from AND p.since < p_before AND NOT _nexus_hub.is_lease_live(p.lease)
-          ORDER BY p.started_at
+            AND (p.started_at, p.id) > (p_from, p_from_id) AND p.since < p_before AND NOT _nexus_hub.is_lease_live(p.lease)
+          ORDER BY p.started_at, p.id
           LIMIT p_limit)) AS c;
 END;
-COMMENT ON FUNCTION _nexus_hub.old_jobs(text, integer, timestamptz, timestamptz, integer) IS
-    'Jobs that have had a status (if it is pending: of one priority) since before a time, the oldest first, beginning at p_from, at most p_limit. bytes_before: what the values of those before it take.';
+COMMENT ON FUNCTION _nexus_hub.old_jobs(text, integer, timestamptz, timestamptz, uuid, integer) IS
+    'Jobs that have had a status (if it is pending: of one priority) since before a time, by time and id, the first ones after p_from and p_from_id, at most p_limit. bytes_before: what the values of those before it take.';
 
 CREATE FUNCTION _nexus_hub.delete_old_jobs(
-    p_status text, p_priority integer, p_before timestamptz, p_from timestamptz, p_limit integer, p_bytes bigint,
-    OUT deleted integer, OUT kept integer, OUT problem text, OUT next timestamptz, OUT more boolean)
+    p_status text, p_priority integer, p_before timestamptz, p_from timestamptz, p_from_id uuid, p_limit integer, p_bytes bigint, p_time interval,
+    OUT deleted integer, OUT kept integer, OUT problem text, OUT next timestamptz, OUT next_id uuid, OUT more boolean)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_custom_plan
@@ -86,55 +86,65 @@ SET enable_seqscan = off
 SET enable_bitmapscan = off
 SET enable_sort = off
 SET jit = off
-SET lock_timeout = '50ms'
+SET lock_timeout = '20ms'
 AS $$
 DECLARE
+    begin_at constant timestamptz := clock_timestamp();
     old record;
+    is_there boolean;
 BEGIN
     kept := 0;
+    next := p_from;
+    next_id := p_from_id;
     BEGIN
         WITH old AS MATERIALIZED (
-            SELECT o.place, o.at, o.bytes_before < p_bytes AS fits
-              FROM _nexus_hub.old_jobs(p_status, p_priority, p_before, p_from, p_limit) o),
+            SELECT o.place, o.at, o.id, o.bytes_before < p_bytes AS fits
+              FROM _nexus_hub.old_jobs(p_status, p_priority, p_before, p_from, p_from_id, p_limit) o),
         gone AS (
             DELETE FROM _nexus_hub.job_places p
              WHERE p.place = ANY (ARRAY(SELECT o.place FROM old o WHERE o.fits))
                -- Said again, because somebody may have had the job run again since it was found.
                AND p.status = p_status AND p.since < p_before AND (p.status <> 'running' OR NOT _nexus_hub.is_lease_live(p.lease))
-            RETURNING 1)
-        SELECT (SELECT count(*) FROM gone), coalesce(max(o.at) FILTER (WHERE o.fits), p_from),
+            RETURNING 1),
+        last AS (
+            SELECT o.at, o.id FROM old o WHERE o.fits ORDER BY o.at DESC, o.id DESC LIMIT 1)
+        SELECT (SELECT count(*) FROM gone), coalesce((SELECT l.at FROM last l), p_from), coalesce((SELECT l.id FROM last l), p_from_id),
                count(*) = p_limit OR coalesce(bool_or(NOT o.fits), false)
-          INTO deleted, next, more
+          INTO deleted, next, next_id, more
           FROM old o;
-        IF more AND deleted = 0 THEN
-            -- A trigger of the user's lets none go: past those of this very time.
-            next := next + interval '1 microsecond';
-        END IF;
         RETURN;
     EXCEPTION
-        WHEN serialization_failure OR invalid_transaction_state OR insufficient_resources OR operator_intervention
-          OR system_error OR internal_error THEN
+        WHEN serialization_failure OR invalid_transaction_state OR operator_intervention THEN
             RAISE;
-        WHEN OTHERS THEN
+        WHEN OTHERS OR assert_failure THEN
             -- A row that a session keeps locked, or that a foreign key or trigger of the user's holds, must hold up no other:
             -- one by one.
             NULL;
     END;
     deleted := 0;
-    next := p_from;
     more := false;
     FOR old IN
-        SELECT o.place, o.at, o.bytes_before < p_bytes AS fits, count(*) OVER () = p_limit AS is_full
-          FROM _nexus_hub.old_jobs(p_status, p_priority, p_before, p_from, p_limit) o
+        SELECT o.place, o.at, o.id, o.bytes_before < p_bytes AS fits, count(*) OVER () = p_limit AS is_full
+          FROM _nexus_hub.old_jobs(p_status, p_priority, p_before, p_from, p_from_id, p_limit) o
+         ORDER BY o.at, o.id
     LOOP
-        more := old.is_full OR NOT old.fits;
-        EXIT WHEN NOT old.fits;
+        more := old.is_full;
+        -- Each may have waited for a lock, of its own or of a row that goes with it.
+        IF NOT old.fits OR clock_timestamp() > begin_at + p_time THEN
+            more := true;
+            EXIT;
+        END IF;
         next := old.at;
+        next_id := old.id;
         BEGIN
             PERFORM FROM _nexus_hub.job_places p WHERE p.place = old.place AND p.status = p_status FOR UPDATE SKIP LOCKED;
             IF NOT FOUND THEN
-                kept := kept + 1;
-                problem := coalesce(problem, 'a session keeps the row locked');
+                -- Or it is gone, or runs again.
+                SELECT EXISTS (SELECT FROM _nexus_hub.job_places p WHERE p.id = old.id AND p.status = p_status AND p.since < p_before) INTO is_there;
+                IF is_there THEN
+                    kept := kept + 1;
+                    problem := coalesce(problem, 'a session keeps the row locked');
+                END IF;
                 CONTINUE;
             END IF;
             DELETE FROM _nexus_hub.job_places p
@@ -144,37 +154,32 @@ BEGIN
                 deleted := deleted + 1;
             END IF;
         EXCEPTION
-            WHEN serialization_failure OR invalid_transaction_state OR insufficient_resources OR operator_intervention
-              OR system_error OR internal_error THEN
+            WHEN serialization_failure OR invalid_transaction_state OR operator_intervention THEN
                 RAISE;
-            WHEN OTHERS THEN
+            WHEN OTHERS OR assert_failure THEN
                 kept := kept + 1;
                 problem := coalesce(problem, SQLERRM);
         END;
     END LOOP;
-    IF more AND deleted = 0 THEN
-        -- Past those of this very time, when they cannot be deleted.
-        next := next + interval '1 microsecond';
-    END IF;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.delete_old_jobs(text, integer, timestamptz, timestamptz, integer, bigint) IS
-    'Deletes those jobs of old_jobs until their values have p_bytes. kept: those that could not be deleted, and problem: why the first could not. next: where to go on. more: whether there may be more.';
+COMMENT ON FUNCTION _nexus_hub.delete_old_jobs(text, integer, timestamptz, timestamptz, uuid, integer, bigint, interval) IS
+    'Deletes those jobs of old_jobs until their values have p_bytes. Where one cannot be deleted, the others are, one by one, for p_time at most (NULL: all). kept: those that could not be deleted, and problem: why the first could not. next, next_id: where to go on. more: whether there may be more.';
 
 CREATE FUNCTION _nexus_hub.prune_jobs(
-    p_status text, p_minutes integer, p_from timestamptz, p_limit integer, p_bytes bigint,
-    OUT deleted integer, OUT kept integer, OUT problem text, OUT next timestamptz, OUT more boolean)
+    p_status text, p_minutes integer, p_from timestamptz, p_from_id uuid, p_limit integer, p_bytes bigint, p_time interval,
+    OUT deleted integer, OUT kept integer, OUT problem text, OUT next timestamptz, OUT next_id uuid, OUT more boolean)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     -- Or what a deferred foreign key of the user's holds would be known at the commit only, and hold up all others.
     SET CONSTRAINTS ALL IMMEDIATE;
-    SELECT d.deleted, d.kept, d.problem, d.next, d.more INTO deleted, kept, problem, next, more
-      FROM _nexus_hub.delete_old_jobs(p_status, NULL, now() - make_interval(mins => p_minutes), p_from, p_limit, p_bytes) d;
+    SELECT d.deleted, d.kept, d.problem, d.next, d.next_id, d.more INTO deleted, kept, problem, next, next_id, more
+      FROM _nexus_hub.delete_old_jobs(p_status, NULL, now() - make_interval(mins => p_minutes), p_from, p_from_id, p_limit, p_bytes, p_time) d;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.prune_jobs(text, integer, timestamptz, integer, bigint) IS
+COMMENT ON FUNCTION _nexus_hub.prune_jobs(text, integer, timestamptz, uuid, integer, bigint, interval) IS
     'Called by the worker: delete_old_jobs for jobs that ended in a way so many minutes ago.';
 
 CREATE FUNCTION _nexus_hub.delete_old_attempts(p_before timestamptz, p_limit integer) RETURNS integer
@@ -185,12 +190,16 @@ BEGIN ATOMIC
     WITH deleted AS (
         DELETE FROM @extschema@.job_attempts a
          WHERE a.ctid = ANY (ARRAY(
-                   SELECT o.ctid FROM @extschema@.job_attempts o WHERE o.finished_at < p_before ORDER BY o.finished_at LIMIT p_limit))
+                   SELECT o.ctid FROM @extschema@.job_attempts o
+                    WHERE o.finished_at < p_before
+                    ORDER BY o.finished_at
+                    LIMIT p_limit
+                      FOR UPDATE SKIP LOCKED))
         RETURNING 1)
     SELECT count(*)::integer FROM deleted;
 END;
 COMMENT ON FUNCTION _nexus_hub.delete_old_attempts(timestamptz, integer) IS
-    'Called by the worker: deletes attempts that have failed before a time, the oldest first and so many at most, and returns how many.';
+    'Called by the worker: deletes attempts that have failed before a time, the oldest first and so many at most, and returns how many. Passes over those that a session keeps locked.';
 
 CREATE FUNCTION _nexus_hub.fail_orphans(p_after interval, p_limit integer) RETURNS integer
 LANGUAGE plpgsql VOLATILE
@@ -253,7 +262,8 @@ DECLARE
     sweep record;
     batch record;
     place timestamptz;
-    kept integer := 0;
+    place_id uuid;
+    kept bigint := 0;
     problem text;
 BEGIN
     deleted_completed := 0;
@@ -265,10 +275,9 @@ BEGIN
         deleted_orphaned := coalesce(_nexus_hub.delete_all_old_jobs(true, now() - p_orphaned), 0);
         RETURN;
     EXCEPTION
-        WHEN serialization_failure OR invalid_transaction_state OR insufficient_resources OR operator_intervention
-          OR system_error OR internal_error THEN
+        WHEN serialization_failure OR invalid_transaction_state OR operator_intervention THEN
             RAISE;
-        WHEN OTHERS THEN
+        WHEN OTHERS OR assert_failure THEN
             deleted_completed := 0;
             deleted_orphaned := 0;
     END;
@@ -283,8 +292,10 @@ BEGIN
     LOOP
         CONTINUE WHEN sweep.before IS NULL;
         place := '-infinity';
+        place_id := '00000000-0000-0000-0000-000000000000';
         LOOP
-            SELECT * INTO batch FROM _nexus_hub.delete_old_jobs(sweep.status, sweep.priority, sweep.before, place, 1000, 67108864);
+            SELECT * INTO batch
+              FROM _nexus_hub.delete_old_jobs(sweep.status, sweep.priority, sweep.before, place, place_id, 1000, 67108864, NULL);
             IF sweep.is_orphan THEN
                 deleted_orphaned := deleted_orphaned + batch.deleted;
             ELSE
@@ -293,6 +304,7 @@ BEGIN
             kept := kept + batch.kept;
             problem := coalesce(problem, batch.problem);
             place := batch.next;
+            place_id := batch.next_id;
             EXIT WHEN NOT batch.more;
         END LOOP;
     END LOOP;
@@ -304,7 +316,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.cleanup_jobs(interval, interval) IS
-    'Deletes finished jobs that ended longer ago than p_completed, and orphans older than p_orphaned; NULL: none. Jobs that a live worker runs and those of a later run_at are no orphans. A job that cannot be deleted (locked by a session, held by a foreign key) holds up no other, and a warning tells of it.';
+    'Deletes finished jobs that ended longer ago than p_completed, and orphans older than p_orphaned; NULL: none. Jobs that a live worker runs and those of a later run_at are no orphans. A job that cannot be deleted (locked by a session, held by a foreign key) holds up no other, and a warning tells of it; what a deferred foreign key holds is known at the commit only, which then fails.';
 
 CREATE FUNCTION @extschema@.cleanup_old_job_results() RETURNS integer
 LANGUAGE sql VOLATILE

@@ -119,7 +119,7 @@ BEGIN
             @extschema@.nexus_hub_health(),
             @extschema@.nexus_hub_metrics(),
             _nexus_hub.metrics_page(),
-            _nexus_hub.health(),
+            _nexus_hub.health(boolean),
             _nexus_hub.alerts(),
             _nexus_hub.health_summary(),
             @extschema@.cleanup_old_job_results(),
@@ -197,8 +197,8 @@ GRANT EXECUTE ON FUNCTION
    TO PUBLIC;
 
 -- PostgreSQL's own role for those who watch.
-GRANT USAGE ON SCHEMA nexus_hub_media_types TO pg_monitor;
-GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_health(), _nexus_hub.health(), _nexus_hub.alerts(), _nexus_hub.health_summary(),
+GRANT USAGE ON SCHEMA @extschema@, nexus_hub_media_types TO pg_monitor;
+GRANT EXECUTE ON FUNCTION @extschema@.nexus_hub_health(), _nexus_hub.health(boolean), _nexus_hub.alerts(), _nexus_hub.health_summary(),
         @extschema@.nexus_hub_metrics(), _nexus_hub.metrics_page() TO pg_monitor;
 GRANT SELECT ON @extschema@.nexus_hub_alerts, @extschema@.system_health_summary TO pg_monitor;
 

@@ -101,9 +101,9 @@ COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the ser
 
 CREATE INDEX job_results_pending ON @extschema@.job_results (priority, run_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';
--- These two under the names that operational guides know. The first serves cleanup and retry_failed_jobs, the second looks
--- for jobs that are stuck.
-CREATE INDEX idx_job_results_cleanup ON @extschema@.job_results (status, completed_at) WHERE status IN ('completed', 'failed', 'cancelled');
+-- These two under the names that operational guides know. The first serves cleanup, which goes by time and id, and
+-- retry_failed_jobs; the second looks for jobs that are stuck.
+CREATE INDEX idx_job_results_cleanup ON @extschema@.job_results (status, completed_at, id) WHERE status IN ('completed', 'failed', 'cancelled');
 CREATE INDEX idx_job_results_orphaned ON @extschema@.job_results (status, created_at) WHERE status IN ('pending', 'running');
 -- Partial, because jobs of nobody need not pay for it.
 CREATE INDEX job_results_user ON @extschema@.job_results (user_id, created_at) WHERE user_id IS NOT NULL;
@@ -183,12 +183,12 @@ BEGIN
     RETURN NEW;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.settle_run_at() IS 'Trigger: a job for which nobody has said a run_at is due since its created_at, also where that is set by hand.';
+COMMENT ON FUNCTION _nexus_hub.settle_run_at() IS 'Trigger: a job for which nobody has said a run_at (or the time of the very transaction) is due since its created_at, also where that is set by hand.';
 CREATE TRIGGER job_results_settle_run_at BEFORE INSERT ON @extschema@.job_results
-    FOR EACH ROW WHEN (NEW.created_at < NEW.run_at AND NEW.run_at = now())
+    FOR EACH ROW WHEN (NEW.created_at < NEW.run_at AND NEW.run_at = now() AND isfinite(NEW.created_at))
     EXECUTE FUNCTION _nexus_hub.settle_run_at();
 CREATE TRIGGER job_results_settle_run_at_again BEFORE UPDATE OF created_at ON @extschema@.job_results
-    FOR EACH ROW WHEN (NEW.created_at < OLD.created_at AND OLD.run_at = OLD.created_at AND NEW.run_at = OLD.run_at)
+    FOR EACH ROW WHEN (NEW.created_at < OLD.created_at AND OLD.run_at = OLD.created_at AND NEW.run_at = OLD.run_at AND isfinite(NEW.created_at))
     EXECUTE FUNCTION _nexus_hub.settle_run_at();
 
 CREATE FUNCTION _nexus_hub.wake_on_change() RETURNS trigger

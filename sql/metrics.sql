@@ -28,11 +28,14 @@ SET enable_seqscan = off
 SET enable_bitmapscan = off
 SET enable_sort = off
 SET jit = off
+-- Who watches must not wait for what is wrong.
+SET lock_timeout = '100ms'
 AS $$
 DECLARE
     most constant integer := 1000;
 BEGIN
     database := current_database();
+    job_rows := _nexus_hub.job_rows();
     SELECT count(*), extract(epoch FROM now() - min(d.since))
       INTO pending, oldest_pending_seconds
       FROM (SELECT j.since
@@ -46,12 +49,13 @@ BEGIN
     IF pending >= most THEN
         pending := greatest(pending, _nexus_hub.pending_rows());
     END IF;
-    job_rows := _nexus_hub.job_rows();
-    job_bytes := _nexus_hub.job_bytes();
     SELECT count(DISTINCT b.host) INTO unreachable_hosts FROM _nexus_hub.circuit_breakers b;
+    job_bytes := _nexus_hub.job_bytes();
+EXCEPTION WHEN lock_not_available THEN
+    NULL;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs of each priority at most; above that the number of pending ones is an estimate.';
+COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs of each priority at most; above that the number of pending ones is an estimate. NULL: not known, because somebody has the tables locked.';
 
 CREATE FUNCTION _nexus_hub.metrics_page() RETURNS text
 LANGUAGE c VOLATILE SECURITY DEFINER

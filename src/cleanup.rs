@@ -8,10 +8,12 @@ use pgrx::prelude::*;
 use pgrx::spi::SpiError;
 use uuid::Uuid;
 
-/// Rows that are deleted in one transaction of the worker: some milliseconds.
-const BATCH: i32 = 500;
+/// Rows that are deleted in one transaction of the worker at most: some milliseconds.
+pub const MAX_BATCH: i32 = 500;
 /// Bytes of values that are deleted in one transaction of the worker. A large one is many rows elsewhere.
 const BATCH_BYTES: i64 = 4 * 1024 * 1024;
+/// How long rows are deleted one by one in one transaction of the worker, where one of them cannot be.
+const ONE_BY_ONE_TIME: &str = "100 milliseconds";
 /// More are no date any more.
 const MAX_DAYS: i32 = 1_000_000;
 
@@ -72,24 +74,38 @@ impl Stage {
         [Self::Ended("completed"), Self::Ended("failed"), Self::Ended("cancelled"), Self::Attempts, Self::Orphans];
 }
 
+/// Where a batch begins: after the job that ended then and has this id.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    at: TimestampWithTimeZone,
+    id: pgrx::Uuid,
+}
+
+impl Place {
+    /// Before all jobs.
+    pub fn start() -> Self {
+        Self { at: TimestampWithTimeZone::negative_infinity(), id: pgrx::Uuid::from_bytes([0; 16]) }
+    }
+}
+
 /// What a batch has done.
 #[derive(Debug)]
 pub struct Done {
-    pub swept: Swept<TimestampWithTimeZone>,
+    pub swept: Swept<Place>,
     /// Rows that were deleted, or ended.
     pub rows: u64,
     /// Rows that could not be deleted, and why the first could not.
     pub kept: Option<(i32, String)>,
 }
 
-/// Does a batch, beginning at a place. Call it in a transaction of the worker.
-pub fn batch(stage: Stage, from: TimestampWithTimeZone, retention: Retention) -> Result<Done, SpiError> {
+/// Does a batch of so many rows at most, beginning at a place. Call it in a transaction of the worker.
+pub fn batch(stage: Stage, from: Place, rows: i32, retention: Retention) -> Result<Done, SpiError> {
     let minutes = match stage {
         Stage::Ended(_) => retention.completed,
         Stage::Attempts => retention.attempts,
         Stage::Orphans => retention.orphaned,
     };
-    let mut done = Done { swept: Swept { next: from, more: false }, rows: 0, kept: None };
+    let mut done = Done { swept: Swept { next: from, more: false, kept: false }, rows: 0, kept: None };
     if minutes == 0 {
         return Ok(done);
     }
@@ -97,22 +113,32 @@ pub fn batch(stage: Stage, from: TimestampWithTimeZone, retention: Retention) ->
     Spi::connect(|client| {
         match stage {
             Stage::Ended(status) => {
-                let delete = "SELECT deleted, kept, problem, next, more FROM _nexus_hub.prune_jobs($1, $2, $3, $4, $5)";
-                let arguments = [status.into(), minutes.into(), from.into(), BATCH.into(), BATCH_BYTES.into()];
+                let delete = "SELECT deleted, kept, problem, next, next_id, more FROM _nexus_hub.prune_jobs($1, $2, $3, $4, $5, $6, $7::interval)";
+                let arguments = [
+                    status.into(),
+                    minutes.into(),
+                    from.at.into(),
+                    from.id.into(),
+                    rows.into(),
+                    BATCH_BYTES.into(),
+                    ONE_BY_ONE_TIME.into(),
+                ];
                 let row = client.select(delete, Some(1), &arguments)?.first();
                 done.rows = u64::from(row.get::<i32>(1)?.unwrap_or(0).unsigned_abs());
                 let kept = row.get::<i32>(2)?.filter(|kept| *kept > 0);
                 done.kept = kept.zip(row.get::<String>(3)?);
-                done.swept = Swept { next: row.get(4)?.unwrap_or(from), more: row.get(5)? == Some(true) };
+                let next = Place { at: row.get(4)?.unwrap_or(from.at), id: row.get(5)?.unwrap_or(from.id) };
+                done.swept = Swept { next, more: row.get(6)? == Some(true), kept: kept.is_some() };
             }
             Stage::Attempts => {
                 let delete = "SELECT _nexus_hub.delete_old_attempts(now() - make_interval(mins => $1), $2)";
                 (done.rows, done.swept.more) =
-                    count(client.select(delete, Some(1), &[minutes.into(), BATCH.into()])?)?;
+                    count(client.select(delete, Some(1), &[minutes.into(), rows.into()])?, rows)?;
             }
             Stage::Orphans => {
                 let fail = "SELECT _nexus_hub.fail_orphans(make_interval(mins => $1), $2)";
-                (done.rows, done.swept.more) = count(client.select(fail, Some(1), &[minutes.into(), BATCH.into()])?)?;
+                (done.rows, done.swept.more) =
+                    count(client.select(fail, Some(1), &[minutes.into(), rows.into()])?, rows)?;
             }
         }
         Ok(done)
@@ -120,7 +146,7 @@ pub fn batch(stage: Stage, from: TimestampWithTimeZone, retention: Retention) ->
 }
 
 /// How many rows it was, and whether there may be more.
-fn count(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<(u64, bool), SpiError> {
-    let count = rows.first().get_one::<i32>()?.unwrap_or(0);
-    Ok((u64::from(count.unsigned_abs()), count == BATCH))
+fn count(answer: pgrx::spi::SpiTupleTable<'_>, limit: i32) -> Result<(u64, bool), SpiError> {
+    let count = answer.first().get_one::<i32>()?.unwrap_or(0);
+    Ok((u64::from(count.unsigned_abs()), count == limit))
 }

@@ -1,10 +1,8 @@
 //! Health: what only this library knows of how things stand. The judgement is in `sql/health.sql`.
 
-use crate::domain::vigil;
+use crate::pg::guc;
 use crate::pg::shmem::{self, WorkerState, pulse};
-use crate::pg::{guc, identity};
 use pgrx::prelude::*;
-use std::time::Duration;
 
 /// Whether the library was preloaded; see the function's COMMENT.
 #[pg_extern(sql = false)]
@@ -39,16 +37,15 @@ fn workers() -> TableIterator<
         name!(in_flight, i32),
     ),
 > {
-    let (now, poll_interval) = (identity::now(), guc::worker_settings().poll_interval);
+    let poll_interval = guc::worker_settings().poll_interval;
     let describe = move |is: pulse::Sighting| {
-        let unseen = is.last_loop.map(|last| Duration::from_micros(now.saturating_sub(last).max(0).unsigned_abs()));
         let state = match is.state {
-            WorkerState::Starting => "starting",
-            WorkerState::Running if unseen.is_some_and(|unseen| vigil::is_stuck(unseen, poll_interval)) => "stuck",
+            WorkerState::Starting | WorkerState::Running if is.vigil().is_stuck(poll_interval) => "stuck",
+            WorkerState::Starting | WorkerState::Replaced => "starting",
             WorkerState::Running => "running",
-            WorkerState::NoExtension | WorkerState::Left | WorkerState::Replaced | WorkerState::Stopped => "ended",
+            WorkerState::NoExtension | WorkerState::Left | WorkerState::Stopped => "ended",
         };
-        let last_loop = is.last_loop.and_then(|last| TimestampWithTimeZone::try_from(last).ok());
+        let last_loop = TimestampWithTimeZone::try_from(is.last_loop).ok();
         let in_flight = i32::try_from(is.in_flight).unwrap_or(i32::MAX);
         (is.database, i32::from(is.place.number), i32::from(is.place.of), state, is.pid, last_loop, in_flight)
     };

@@ -1,12 +1,10 @@
 //! Metrics for Prometheus: what is counted in shared memory, and what a look at the tables adds.
 
 use crate::domain::metrics::{self, Gauges, RateGauges, WorkerGauge};
-use crate::domain::vigil;
 use crate::pg::shmem::{WorkerState, counters, pulse, rates};
 use crate::pg::{guc, identity};
 use pgrx::prelude::*;
 use pgrx::spi::SpiError;
-use std::time::Duration;
 
 /// Seconds from 1970 to 2000, from when PostgreSQL counts.
 const EPOCH: f64 = 946_684_800.0;
@@ -51,19 +49,15 @@ fn tables() -> Result<Gauges, SpiError> {
 }
 
 fn workers() -> Vec<WorkerGauge> {
-    let (database, now) = (identity::database(), identity::now());
+    let database = identity::database();
     let poll_interval = guc::worker_settings().poll_interval;
     let own = pulse::sightings().into_iter().filter(|is| is.database == database);
     let mut workers: Vec<_> = own
-        .map(|is| {
-            let unseen = is.last_loop.map(|last| Duration::from_micros(now.saturating_sub(last).max(0).unsigned_abs()));
-            let is_seen = unseen.is_some_and(|unseen| !vigil::is_stuck(unseen, poll_interval));
-            WorkerGauge {
-                number: is.place.number,
-                is_up: is.state == WorkerState::Running && is_seen,
-                last_loop: is.last_loop.map(|micros| EPOCH + micros as f64 / 1e6),
-                in_flight: is.in_flight,
-            }
+        .map(|is| WorkerGauge {
+            number: is.place.number,
+            is_up: is.state == WorkerState::Running && !is.vigil().is_stuck(poll_interval),
+            last_loop: Some(EPOCH + is.last_loop as f64 / 1e6),
+            in_flight: is.in_flight,
         })
         .collect();
     // One that has ended may be there beside the one in its place.

@@ -67,10 +67,12 @@ fn open_secret(
 
 /// Why the configured keys can't be used, if so: for the log, at a reload. That none is configured is no problem.
 pub fn problem() -> Option<String> {
-    keys::configured().then(|| keys::ring().err())?.map(|report| {
-        let detail = report.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
-        format!("{}{detail}", report.message())
-    })
+    keys::configured().then(|| keys::ring().err())?.map(|report| described(&report))
+}
+
+fn described(report: &ErrorReport) -> String {
+    let detail = report.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
+    format!("{}{detail}", report.message())
 }
 
 /// Why the vault cannot be used in this database, if so; see the function's COMMENT.
@@ -79,7 +81,11 @@ fn vault_problem() -> Result<Option<String>, pgrx::spi::SpiError> {
     if !keys::configured() {
         return Ok(custody::is_used()?.then(|| "no vault key is configured".to_owned()));
     }
-    problem().map_or_else(stranger, |problem| Ok(Some(problem)))
+    match keys::known() {
+        None => Ok(None),
+        Some(Ok(_)) => stranger(),
+        Some(Err(report)) => Ok(Some(described(&report))),
+    }
 }
 
 /// Encrypts a text under the first vault key, bound to `context` where one is given.

@@ -11,6 +11,9 @@ const REST: u32 = 9;
 /// The share of the time that rounds from the beginning may take, as a divisor.
 const FULL_SHARE: u32 = 20;
 
+/// Longest time between two rounds from the beginning that find rows which cannot go.
+const MAX_FULL_TIME: Duration = Duration::from_secs(24 * 3600);
+
 /// What came of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Swept<P> {
@@ -18,6 +21,8 @@ pub struct Swept<P> {
     pub next: P,
     /// Whether there may be more.
     pub more: bool,
+    /// Whether there are rows that could not go.
+    pub kept: bool,
 }
 
 /// A cleanup of several stages. Times are durations since any moment, the same for all.
@@ -32,13 +37,27 @@ pub struct Sweep<P> {
     is_full: bool,
     /// What this round has taken.
     work: Duration,
+    /// Whether this round has met rows that could not go.
+    kept: bool,
+    /// Rounds from the beginning, in a row, that have.
+    futile: u32,
 }
 
 impl<P: Clone> Sweep<P> {
     /// So many stages, each beginning at `start`; due at once.
     pub fn new(stages: usize, start: P, now: Duration) -> Self {
         let places = vec![start.clone(); stages];
-        Self { places, start, stage: 0, due: now, full_due: now, is_full: false, work: Duration::ZERO }
+        Self {
+            places,
+            start,
+            stage: 0,
+            due: now,
+            full_due: now,
+            is_full: false,
+            work: Duration::ZERO,
+            kept: false,
+            futile: 0,
+        }
     }
 
     /// When the next batch is due.
@@ -58,33 +77,43 @@ impl<P: Clone> Sweep<P> {
         Some((self.stage, self.places.get(self.stage)?.clone()))
     }
 
-    /// The batch took so long, and this came of it. `interval`: the time between two rounds.
-    pub fn done(&mut self, swept: Swept<P>, now: Duration, took: Duration, interval: Duration) {
+    /// The batch took so long, and this came of it. `interval`: the time between two rounds. Tells whether the round is over.
+    pub fn done(&mut self, swept: Swept<P>, now: Duration, took: Duration, interval: Duration) -> bool {
         // Never nothing: it tells that the round has begun.
         self.work += took.max(Duration::from_nanos(1));
         if let Some(place) = self.places.get_mut(self.stage) {
             *place = swept.next;
         }
+        self.kept |= swept.kept;
         self.due = now + took * REST;
-        if swept.more {
-            return;
-        }
+        !swept.more && self.leave_stage(now, interval)
+    }
+
+    /// The batch took so long, and has failed: what is in its way must not hold up the other stages. It is tried again in
+    /// the next round. Tells whether the round is over.
+    pub fn failed(&mut self, now: Duration, took: Duration, interval: Duration) -> bool {
+        self.work += took.max(Duration::from_nanos(1));
+        self.due = now + took * REST;
+        self.leave_stage(now, interval)
+    }
+
+    fn leave_stage(&mut self, now: Duration, interval: Duration) -> bool {
         self.stage += 1;
         if self.stage < self.places.len() {
-            return;
+            return false;
         }
         if self.is_full {
-            self.full_due = now + interval.max(self.work * FULL_SHARE);
+            // What cannot go costs as much each time.
+            self.futile = if self.kept { self.futile.saturating_add(1) } else { 0 };
+            let time = interval.max(self.work * FULL_SHARE);
+            self.full_due = now + time.saturating_mul(1 << self.futile.min(20)).min(MAX_FULL_TIME.max(time));
         }
         self.due = self.due.max(now + interval);
         self.stage = 0;
         self.is_full = false;
         self.work = Duration::ZERO;
-    }
-
-    /// The batch has failed: the same again in a while.
-    pub fn failed(&mut self, now: Duration, pause: Duration) {
-        self.due = now + pause;
+        self.kept = false;
+        true
     }
 }
 
@@ -96,7 +125,7 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(60);
 
     fn swept(next: i32, more: bool) -> Swept<i32> {
-        Swept { next, more }
+        Swept { next, more, kept: false }
     }
 
     #[test]
@@ -154,13 +183,34 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_failed_comes_again_after_a_pause() {
+    fn a_stage_that_fails_holds_up_no_other_and_comes_again_in_the_next_round_where_it_was() {
         let mut sweep = Sweep::new(2, 0, Duration::ZERO);
         sweep.next(Duration::ZERO);
-        sweep.done(swept(4, true), MS, MS, INTERVAL);
+        assert!(!sweep.done(swept(4, true), MS, MS, INTERVAL));
         assert_eq!(sweep.next(10 * MS), Some((0, 4)));
-        sweep.failed(10 * MS, INTERVAL);
-        assert_eq!(sweep.next(20 * MS), None);
-        assert_eq!(sweep.next(10 * MS + INTERVAL), Some((0, 4)));
+        assert!(!sweep.failed(10 * MS, MS, INTERVAL));
+        assert_eq!(sweep.next(19 * MS), Some((1, 0)));
+        assert!(sweep.failed(20 * MS, MS, INTERVAL));
+        assert_eq!(sweep.next(21 * MS), None);
+        // The round from the beginning is over, too.
+        sweep.full_due = Duration::MAX;
+        assert_eq!(sweep.next(20 * MS + INTERVAL), Some((0, 4)));
+    }
+
+    #[test]
+    fn rounds_that_meet_what_cannot_go_become_rare_and_usual_again_when_it_is_gone() {
+        let mut sweep = Sweep::new(1, 0, Duration::ZERO);
+        let mut now = Duration::ZERO;
+        let mut full_rounds = Vec::new();
+        for _ in 0..40 {
+            let (_, place) = sweep.next(now).expect("due");
+            if place == 0 {
+                full_rounds.push(now);
+            }
+            sweep.done(Swept { next: 9, more: false, kept: place == 0 && full_rounds.len() < 4 }, now, MS, INTERVAL);
+            now = sweep.due();
+        }
+        let pauses: Vec<_> = full_rounds.windows(2).map(|two| (two[1] - two[0]).as_secs()).take(4).collect();
+        assert_eq!(pauses, [120, 240, 480, 60]);
     }
 }

@@ -287,8 +287,8 @@ pub fn take_wanted() -> Option<Vec<pg_sys::Oid>> {
     (!shared.rescan.swap(false, SeqCst)).then_some(wanted)
 }
 
-/// Takes a free slot for a worker of a database.
-pub fn reserve_slot(database: pg_sys::Oid, place: Place) -> Option<usize> {
+/// Takes a free slot for a worker of a database, after so many that ended soon, in a row.
+pub fn reserve_slot(database: pg_sys::Oid, place: Place, restarts: u32) -> Option<usize> {
     let shared = shared()?;
     let index = shared.slots.iter().position(|slot| slot.database.load(SeqCst) == 0)?;
     let slot = &shared.slots[index];
@@ -298,7 +298,7 @@ pub fn reserve_slot(database: pg_sys::Oid, place: Place) -> Option<usize> {
     slot.poll.store(false, SeqCst);
     slot.wake.store(false, SeqCst);
     slot.noted.store(0, SeqCst);
-    slot.pulse.stop();
+    slot.pulse.reserve(restarts);
     slot.place.store(place.into_u32(), SeqCst);
     slot.holder.store(0, SeqCst);
     slot.latch.store(null_mut(), SeqCst);

@@ -68,6 +68,27 @@ pub fn ring() -> Result<Rc<KeyRing>, ErrorReport> {
     Ok(ring)
 }
 
+/// The keys as far as they are known: what a command prints is not waited for. `None`: nobody knows yet.
+pub fn known() -> Option<Result<Rc<KeyRing>, ErrorReport>> {
+    let (Some(Source::Command(command)), Some(load)) = (Source::first(), loaded().load) else { return Some(ring()) };
+    let wanted = wanted(load, &command);
+    if shared::stored(wanted).is_some() {
+        return Some(ring());
+    }
+    shared::failed_ago(wanted).map(|_| {
+        Err(error(Kind::KeyNotConfigured, "the vault key command failed")
+            .set_detail("The reason is in the server's log."))
+    })
+}
+
+/// What the output of the command is known by. A session in the middle of a statement has the command of before: what that
+/// prints is not for the others.
+fn wanted(load: u64, command: &OsStr) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (load, command).hash(&mut hasher);
+    hasher.finish()
+}
+
 /// What keys come from.
 enum Source {
     Command(OsString),
@@ -157,10 +178,7 @@ fn from_command(command: &OsStr, now: Loaded) -> Result<Zeroizing<Vec<RawKey>>, 
         }
         return keys.map_err(|problem| failed(problem.as_ref()));
     };
-    // A session in the middle of a statement has the command of before: what that prints is not for the others.
-    let mut hasher = DefaultHasher::new();
-    (load, command).hash(&mut hasher);
-    let wanted = hasher.finish();
+    let wanted = wanted(load, command);
     loop {
         if let Some(keys) = shared::stored(wanted) {
             return Ok(Zeroizing::new(keys.as_chunks().0.to_vec()));

@@ -220,7 +220,8 @@ fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, workers: u16, now: 
     let room = MAX_STARTING.saturating_sub(starting);
     let due = databases.iter().flat_map(|(oid, database)| database.due(workers, now).map(|number| (*oid, number)));
     for (oid, number) in due.take(room).collect::<Vec<_>>() {
-        let Some(slot) = shmem::reserve_slot(oid, Place { number, of: workers }) else { return Room::None };
+        let failures = databases.entry(oid).or_default().post(number).failures;
+        let Some(slot) = shmem::reserve_slot(oid, Place { number, of: workers }, failures) else { return Room::None };
         let Some(handle) = Launched::start(WORKER, WORKER_MAIN, slot) else {
             shmem::free_slot(slot);
             return Room::None;

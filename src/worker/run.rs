@@ -113,8 +113,6 @@ impl Worker {
                 return self.finish();
             }
             bgworker::handle_interrupts();
-            shmem::pulse::beat(self.in_flight.len());
-            counters::add(Counter::Loops, 1);
             if bgworker::reload_configuration() {
                 self.take_settings();
             }
@@ -136,7 +134,14 @@ impl Worker {
                 transaction::make_durable();
             }
             match self.step() {
-                Ok(Step::Done(done)) => self.settle(done),
+                Ok(Step::Done(done)) => {
+                    self.settle(done);
+                    counters::add(Counter::Loops, 1);
+                    // One that fails again and again is not at work.
+                    if self.failures == 0 {
+                        shmem::pulse::beat(self.in_flight.len());
+                    }
+                }
                 Ok(Step::ExtensionGone { replaced }) => {
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
                     shmem::audit::forget(self.database);

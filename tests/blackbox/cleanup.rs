@@ -253,6 +253,117 @@ fn a_deferred_foreign_key_and_a_trigger_that_says_no_hold_up_nothing_else() {
 }
 
 #[test]
+fn jobs_of_one_time_are_gone_through_once_whatever_holds_some_of_them() {
+    let database = shared().database();
+    let mut client = database.connect();
+    client.batch_execute(&format!("ALTER DATABASE {} SET nexus_hub.auto_cleanup = off", database.name)).expect("ALTER");
+    client
+        .batch_execute(
+            "SELECT pg_reload_conf();
+             CREATE TABLE invoices (job_id uuid REFERENCES job_results (id));
+             CREATE FUNCTION add_jobs(ended_at timestamptz, held integer, free integer) RETURNS void LANGUAGE sql AS $$
+                 WITH added AS (
+                     INSERT INTO job_results (job_type, server_id, tool_name, status, created_at, completed_at)
+                     SELECT 'tool_invoke', 's', 't', 'completed', '2020-01-01', ended_at FROM generate_series(1, held + free) RETURNING id)
+                 INSERT INTO invoices SELECT id FROM (SELECT id FROM added ORDER BY id LIMIT held) AS first $$",
+        )
+        .expect("DDL");
+    // Held ones before the others, more than a batch of them; and times that nothing comes before.
+    client
+        .batch_execute(
+            "SELECT add_jobs('2020-02-02', 1200, 300), add_jobs('2020-02-03', 5, 2000), add_jobs('-infinity', 1001, 3)",
+        )
+        .expect("jobs");
+    let warnings = warned(&database, "SELECT cleanup_job_results_manual()");
+    assert_eq!(count(&mut client, "true"), 1200 + 5 + 1001);
+    assert_eq!(warnings, ["2206 old jobs could not be deleted, all others were"]);
+}
+
+/// The warnings of a statement.
+fn warned(database: &Database<'_>, statement: &str) -> Vec<String> {
+    let output = std::process::Command::new("psql")
+        .args(["-XqAt", "-d", &database.name, "-c", statement])
+        .envs(database.cluster.environment())
+        .output()
+        .expect("psql");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stderr).expect("text");
+    text.lines().filter_map(|line| line.strip_prefix("WARNING:  ")).map(str::to_owned).collect()
+}
+
+#[test]
+fn what_is_wrong_with_attempts_or_orphans_holds_up_no_jobs() {
+    let cluster = Cluster::start(&[
+        SWIFT,
+        "nexus_hub.auto_cleanup = off",
+        "nexus_hub.enabled = off",
+        "max_prepared_transactions = 5",
+    ]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_ended(&mut client, "completed", 6.0, 3);
+    client
+        .batch_execute(
+            "INSERT INTO job_attempts (job_id, attempt, started_at, finished_at, error) SELECT id, 1, now(), '2020-01-01', 'e' FROM job_results LIMIT 2;
+             INSERT INTO job_results (job_type, server_id, tool_name, status, created_at) VALUES ('tool_invoke', 's', 'forgotten', 'running', '2020-01-01');
+             CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF OLD.tool_name = 'forgotten' THEN RAISE 'never'; END IF; RETURN NEW; END $$;
+             CREATE TRIGGER refuse BEFORE UPDATE ON job_results FOR EACH ROW EXECUTE FUNCTION refuse()",
+        )
+        .expect("trouble");
+    client
+        .batch_execute("BEGIN; SELECT FROM job_attempts LIMIT 1 FOR UPDATE; PREPARE TRANSACTION 'holder'")
+        .expect("more of it");
+    add_ended(&mut client, "cancelled", 8.0, 5);
+    cluster.configure(&[SWIFT, "nexus_hub.enabled = off", "max_prepared_transactions = 5"]);
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    wait_until("old jobs go", || count(&mut client, "status = 'cancelled'") == 0);
+    wait_until("the free attempt goes", || value::<i64>(&mut client, "SELECT count(*) FROM job_attempts") == 1);
+    wait_until("the log tells of the other", || {
+        cluster.log().contains("what is old was not deleted, and is tried again: never")
+    });
+    // And again, in rounds to come.
+    add_ended(&mut client, "completed", 8.0, 5);
+    wait_until("old jobs go", || count(&mut client, "status = 'completed'") == 3);
+    client.batch_execute("COMMIT PREPARED 'holder'").expect("COMMIT");
+    client.batch_execute("DROP TRIGGER refuse ON job_results").expect("DROP");
+    wait_until("all is as it should be", || {
+        count(&mut client, "status = 'running'") == 0
+            && value::<i64>(&mut client, "SELECT count(*) FROM job_attempts WHERE finished_at < '2021-01-01'") == 0
+    });
+}
+
+#[test]
+fn rows_that_go_with_old_jobs_and_are_locked_do_not_keep_jobs_from_running() {
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    let cluster = Cluster::start(&[SWIFT, "nexus_hub.auto_cleanup = off"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_ended(&mut client, "completed", 8.0, 5);
+    client
+        .batch_execute(
+            "CREATE TABLE notes (job_id uuid PRIMARY KEY REFERENCES job_results (id) ON DELETE CASCADE);
+             INSERT INTO notes SELECT id FROM job_results",
+        )
+        .expect("DDL");
+    let mut holder = in_transaction(&database, "SELECT FROM notes FOR UPDATE");
+    cluster.configure(&[SWIFT]);
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    // Each waits a moment for its lock; all of them one after the other would take longer than that.
+    client.batch_execute("SET statement_timeout = '6s'").expect("SET");
+    for _ in 0..20 {
+        let job: Uuid = client.query_one("SELECT http_get($1)", &[&server.url]).expect("http_get").get(0);
+        wait_for_job(&mut client, job).completed();
+    }
+    wait_until("the worker has been there", || {
+        cluster
+            .log()
+            .contains("old jobs could not be deleted, and are tried again: canceling statement due to lock timeout")
+    });
+    holder.batch_execute("ROLLBACK").expect("ROLLBACK");
+    wait_until("then they go", || count(&mut client, "server_id = 's'") == 0);
+}
+
+#[test]
 fn a_lock_on_the_whole_table_makes_the_caller_wait_as_long_as_it_wants() {
     let database = shared().database();
     let mut client = database.connect();

@@ -25,7 +25,11 @@ fn a_database_at_work_is_ok_and_says_who_works() {
     let cluster = Cluster::start(&["nexus_hub.workers_per_database = 2", "nexus_hub.poll_interval = 100"]);
     let database = cluster.database();
     let mut client = database.connect();
-    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    // The second one starts when the first is at work.
+    let at_work = "SELECT count(*) FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w
+                    WHERE w ->> 'database' = current_database() AND w ->> 'state' = 'running'";
+    wait_until("both are at work", || value::<i64>(&mut client, at_work) == 2);
+    assert_eq!(health(&mut client)["status"], "ok");
     client.batch_execute(&format!("SELECT http_get('{}')", server.url)).expect("http_get");
     let running =
         "SELECT EXISTS (SELECT FROM system_health_summary WHERE status = 'ok' AND running = 1 AND active_sessions = 1)";
@@ -107,6 +111,70 @@ fn a_worker_that_finds_no_process_is_missed_and_one_that_comes_back_is_not() {
 }
 
 #[test]
+fn a_worker_that_fails_again_and_again_is_not_taken_for_one_at_work() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    client
+        .batch_execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'never'; END $$;
+             CREATE TRIGGER refuse BEFORE UPDATE ON job_results FOR EACH ROW EXECUTE FUNCTION refuse();
+             SELECT http_get('http://127.0.0.1:1/')",
+        )
+        .expect("trouble");
+    // Between two of them there is none.
+    wait_until("the worker is stuck", || reasons(&health(&mut client)).contains(&"worker_stuck"));
+    for _ in 0..50 {
+        assert_eq!(health(&mut client)["status"], "down");
+    }
+    client.batch_execute("DROP TRIGGER refuse ON job_results").expect("DROP");
+    let tried = "SELECT EXISTS (SELECT FROM job_results WHERE attempt > 0)";
+    wait_until("the job is run", || value(&mut client, tried));
+}
+
+#[test]
+fn a_lock_on_the_tables_is_told_and_not_waited_for() {
+    let database = shared().database();
+    let mut client = database.connect();
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    let mut holder = database.connect();
+    client.batch_execute("SET statement_timeout = '30s'").expect("SET");
+    let tables = [
+        "job_results",
+        "job_attempts",
+        "circuit_breakers",
+        "_nexus_hub.rate_limit_windows",
+        "user_servers",
+        "_nexus_hub.known_vault_keys",
+    ];
+    for table in tables {
+        holder.batch_execute(&format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")).expect("LOCK");
+        let seen = health(&mut client);
+        assert_eq!((&seen["status"], reasons(&seen)), (&json!("degraded"), vec!["tables_locked"]), "{table}");
+        let others = "SELECT * FROM nexus_hub_alerts; SELECT * FROM system_health_summary; SELECT nexus_hub_metrics()";
+        client.batch_execute(others).expect(table);
+        holder.batch_execute("ROLLBACK").expect("ROLLBACK");
+    }
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+}
+
+#[test]
+fn a_slow_key_command_is_not_waited_for() {
+    let slow = "nexus_hub.vault_key_command = 'sleep 8; exit 1'";
+    let cluster = Cluster::start(&["nexus_hub.vault_key_file = ''", slow]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    wait_until("it is ok", || health(&mut client)["status"] == "ok");
+    client.batch_execute("SET statement_timeout = '6s'; SELECT pg_reload_conf()").expect("reload");
+    for _ in 0..20 {
+        health(&mut client);
+    }
+    let problem = "the vault key command failed: The reason is in the server's log.";
+    wait_until("its failure is told", || health(&mut client)["vault"]["problem"] == problem);
+}
+
+#[test]
 fn a_key_that_cannot_be_used_degrades_it_without_being_shown() {
     let cluster = Cluster::start(&[]);
     let database = cluster.database();
@@ -163,7 +231,14 @@ fn a_monitoring_role_reads_it_and_learns_nothing_else() {
     ] {
         assert_eq!(error_of(&mut client, query).0, "42501", "{query}");
     }
-    client.batch_execute("RESET ROLE; DROP ROLE watcher").expect("role");
+    // In whatever schema it is.
+    client
+        .batch_execute(
+            "RESET ROLE; DROP EXTENSION nexus_hub; CREATE SCHEMA hub; CREATE EXTENSION nexus_hub SCHEMA hub; SET ROLE watcher;
+             SELECT hub.nexus_hub_health(); SELECT * FROM hub.nexus_hub_alerts; SELECT hub.nexus_hub_metrics()",
+        )
+        .expect("another schema");
+    client.batch_execute("RESET ROLE; DROP OWNED BY watcher; DROP ROLE watcher").expect("role");
 }
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -193,6 +268,9 @@ fn postgrest_answers_200_while_jobs_run_and_503_when_they_do_not() {
         client.batch_execute("INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES ('h:80', 7, 'open', 5, now(), 'e')").expect("INSERT");
         let (status, body) = ask(&api, &mut client, "service_role", "GET");
         assert_eq!((status, &body["status"]), (200, &json!("degraded")));
+        let token = bearer(&mut client, "service_role", ALICE);
+        let summary = api.ask("GET", "/system_health_summary?select=status", &[("Authorization", &token)], "");
+        assert_eq!((summary.status, summary.body), (200, json!([{"status": "degraded"}])));
         assert_eq!(ask(&api, &mut client, "authenticated", "GET").0, 403);
         assert_eq!(ask(&api, &mut client, "anon", "GET").0, 401);
     }

@@ -21,7 +21,7 @@ END
 $$;
 
 SELECT set_eq('SELECT name, severity, threshold FROM nexus_hub_alerts',
-    $$VALUES ('worker_down', 'critical', 0::double precision), ('worker_stuck', 'critical', 0), ('vault_key_unusable', 'critical', 0),
+    $$VALUES ('worker_down', 'critical', 0::double precision), ('worker_stuck', 'critical', 0), ('tables_locked', 'critical', 0), ('vault_key_unusable', 'critical', 0),
              ('jobs_disabled', 'warning', 0), ('oldest_pending_age', 'warning', 300), ('stuck_jobs', 'warning', 0), ('job_failure_rate', 'warning', 0.1),
              ('circuit_breakers_open', 'warning', 0), ('rate_limit_violations', 'warning', 0), ('egress_denials', 'warning', 10),
              ('vault_key_worn', 'warning', 2147483647), ('upgrade_pending', 'warning', 0), ('job_table_size', 'info', 1000000)$$,
@@ -64,6 +64,12 @@ DELETE FROM job_results;
 SELECT pg_temp.add_jobs('pending', '1 minute', 10050), pg_temp.add_jobs('completed', '1 minute', 10050);
 SELECT results_eq($$SELECT j ->> 'pending', j ->> 'ended_last_hour' FROM pg_temp.jobs() j$$, $$VALUES ('10000', '10000')$$, 'counts end at 10000');
 DELETE FROM job_results;
+SELECT pg_temp.add_jobs('pending', '2 hours', 1);
+UPDATE job_results SET priority = 9;
+INSERT INTO job_results (job_type, server_id, tool_name, priority) SELECT 'tool_invoke', 's', 'before it', 1 FROM generate_series(1, 10001);
+SELECT results_eq($$SELECT pg_temp.value_of('oldest_pending_age'), pg_temp.value_of('stuck_jobs')$$, 'VALUES (7200::double precision, 1::double precision)',
+                  'a job of the last priority is seen behind any number of those of the first');
+DELETE FROM job_results;
 
 -- ── Everything else ──
 
@@ -91,6 +97,11 @@ INSERT INTO _nexus_hub.rate_limit_windows (server_id, user_id, window_start, req
 SELECT is(pg_temp.fires(), '{}', 'who is over a limit in four minutes of ten is no alert, nor is who has no limit, or a higher one');
 INSERT INTO _nexus_hub.rate_limit_windows (server_id, user_id, window_start, request_count) VALUES ('shared', NULL, date_trunc('minute', now()) - interval '7 minutes', 11);
 SELECT is(pg_temp.fires(), '{rate_limit_violations}', 'in five of them is');
+INSERT INTO rate_limit_overrides (server_id, request_limit) VALUES ('shared', 11);
+SELECT is(pg_temp.fires(), '{}', 'but not where an override allows it');
+UPDATE rate_limit_overrides SET request_limit = 10;
+SELECT is(pg_temp.fires(), '{rate_limit_violations}', 'or one that does not');
+DELETE FROM rate_limit_overrides;
 DELETE FROM _nexus_hub.rate_limit_windows;
 
 SET LOCAL nexus_hub.enabled = off;

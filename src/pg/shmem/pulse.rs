@@ -1,15 +1,21 @@
 //! The workers' signs of life, for whoever watches them.
 
 use super::{Place, WorkerState, own_slot, place, shared, worker_state};
+use crate::domain::vigil::Vigil;
 use crate::pg::identity;
 use pgrx::pg_sys;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::SeqCst};
+use std::time::Duration;
 
 #[repr(C)]
 pub(super) struct Pulse {
     pid: AtomicU32,
-    /// When it was last seen at work, as PostgreSQL counts time.
+    /// When it was asked for, as PostgreSQL counts time.
+    since: AtomicI64,
+    /// When it had done its work last, or was asked for.
     last_loop: AtomicI64,
+    /// Workers before it that ended soon after their start, in a row.
+    restarts: AtomicU32,
     in_flight: AtomicU32,
 }
 
@@ -18,17 +24,19 @@ impl Pulse {
         // SAFETY: a plain global, set once before any code of ours runs in a process.
         let pid = unsafe { pg_sys::MyProcPid };
         self.pid.store(pid.cast_unsigned(), SeqCst);
-        self.last_loop.store(identity::now(), SeqCst);
     }
 
-    pub(super) fn stop(&self) {
+    /// It is asked for.
+    pub(super) fn reserve(&self, restarts: u32) {
         self.pid.store(0, SeqCst);
-        self.last_loop.store(0, SeqCst);
+        self.since.store(identity::now(), SeqCst);
+        self.last_loop.store(identity::now(), SeqCst);
+        self.restarts.store(restarts, SeqCst);
         self.in_flight.store(0, SeqCst);
     }
 }
 
-/// This worker is at work, with so many requests in flight.
+/// This worker has done its work, and has so many requests in flight.
 pub fn beat(in_flight: usize) {
     if let Some(slot) = own_slot() {
         slot.pulse.last_loop.store(identity::now(), SeqCst);
@@ -42,9 +50,20 @@ pub struct Sighting {
     pub place: Place,
     pub state: WorkerState,
     pub pid: i32,
-    /// `None`: it has not begun yet.
-    pub last_loop: Option<i64>,
+    /// When it was asked for.
+    pub since: i64,
+    pub last_loop: i64,
+    pub restarts: u32,
     pub in_flight: u32,
+}
+
+impl Sighting {
+    /// What it is judged by.
+    pub fn vigil(&self) -> Vigil {
+        let now = identity::now();
+        let time = |then: i64| Duration::from_micros(now.saturating_sub(then).max(0).unsigned_abs());
+        Vigil { age: time(self.since), unseen_for: time(self.last_loop), restarts: self.restarts }
+    }
 }
 
 /// All workers that are there, or were until just now.
@@ -56,7 +75,9 @@ pub fn sightings() -> Vec<Sighting> {
         place: place(slot),
         state: worker_state(slot),
         pid: slot.pulse.pid.load(SeqCst).cast_signed(),
-        last_loop: Some(slot.pulse.last_loop.load(SeqCst)).filter(|time| *time != 0),
+        since: slot.pulse.since.load(SeqCst),
+        last_loop: slot.pulse.last_loop.load(SeqCst),
+        restarts: slot.pulse.restarts.load(SeqCst),
         in_flight: slot.pulse.in_flight.load(SeqCst),
     };
     taken.map(sighting).collect()
