@@ -1,5 +1,22 @@
 -- Runs last: who may do what.
 
+CREATE FUNCTION _nexus_hub.join_realtime() RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_publication p WHERE p.pubname = 'supabase_realtime')
+       -- By whatever way: of all tables, or of the schema.
+       AND NOT EXISTS (SELECT FROM pg_publication_tables t
+                        WHERE t.pubname = 'supabase_realtime'
+                          AND format('%I.%I', t.schemaname, t.tablename)::regclass = '@extschema@.job_results'::regclass) THEN
+        EXECUTE 'ALTER PUBLICATION supabase_realtime ADD TABLE @extschema@.job_results';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.join_realtime() IS
+    'Adds job_results to the publication supabase_realtime, if there is one, for those who watch their jobs instead of asking. The primary key is its replica identity: new rows are complete but for large arguments that have not changed.';
+
 CREATE FUNCTION _nexus_hub.grant_api() RETURNS void
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -136,10 +153,11 @@ BEGIN
               @extschema@.vault_audit
            TO service_role;
     END IF;
+    PERFORM _nexus_hub.join_realtime();
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.grant_api() IS
-    'Gives the roles authenticated and service_role, as far as they exist, their rights. Runs at install; run it again as a superuser when the roles were made later.';
+    'Gives the roles authenticated and service_role, as far as they exist, their rights, and calls join_realtime. Runs at install; run it again as a superuser when roles or publication were made later, or after a restore, which forgets the publication''s tables.';
 
 CREATE FUNCTION _nexus_hub.extension_created() RETURNS void
 LANGUAGE c VOLATILE

@@ -36,16 +36,23 @@ DECLARE
 BEGIN
     database := current_database();
     job_rows := _nexus_hub.job_rows();
-    SELECT count(*), extract(epoch FROM now() - min(d.since))
-      INTO pending, oldest_pending_seconds
-      FROM (SELECT j.since
+    SELECT extract(epoch FROM now() - min(o.since)) INTO oldest_pending_seconds
+      FROM generate_series(1, 9) AS p (priority)
+     CROSS JOIN LATERAL (
+               SELECT j.since FROM _nexus_hub.job_places j
+                WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
+                ORDER BY j.run_at
+                LIMIT 1) AS o
+     WHERE o.since <= now();
+    SELECT count(*) INTO pending
+      FROM (SELECT
               FROM generate_series(1, 9) AS p (priority)
              CROSS JOIN LATERAL (
-                       SELECT j.since FROM _nexus_hub.job_places j
+                       SELECT FROM _nexus_hub.job_places j
                         WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
                         ORDER BY j.run_at
-                        LIMIT most) j) AS d
-     WHERE d.since <= now();
+                        LIMIT most) AS j
+             LIMIT most) AS d;
     IF pending >= most THEN
         pending := greatest(pending, _nexus_hub.pending_rows());
     END IF;
@@ -55,7 +62,7 @@ EXCEPTION WHEN lock_not_available THEN
     NULL;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs of each priority at most; above that the number of pending ones is an estimate. NULL: not known, because somebody has the tables locked.';
+COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs at most; above that the number of pending ones is an estimate. NULL: not known, because somebody has the tables locked.';
 
 CREATE FUNCTION _nexus_hub.metrics_page() RETURNS text
 LANGUAGE c VOLATILE SECURITY DEFINER

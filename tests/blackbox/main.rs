@@ -18,6 +18,7 @@ mod mcp;
 mod metrics;
 mod online_rotation;
 mod rate_limits;
+mod realtime;
 // PostgREST's program is for these machines.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod request_limits;
