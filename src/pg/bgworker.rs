@@ -5,7 +5,7 @@ use pgrx::bgworkers::{BackgroundWorkerBuilder, BackgroundWorkerStatus, BgWorkerS
 use pgrx::prelude::*;
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
 use std::time::Duration;
 
 /// Registers the launcher, to be started when the server accepts writes: never on a standby, and after a promotion.
@@ -59,6 +59,11 @@ unsafe extern "C-unwind" {
 
 /// Somebody has told the process to end.
 static STOP: AtomicBool = AtomicBool::new(false);
+/// When that was, in milliseconds of the monotonic clock.
+static STOP_AT: AtomicI64 = AtomicI64::new(0);
+/// PostgreSQL tells each of its processes twice, once as a process and once as a group, with whatever time between the two
+/// that the machine takes. Somebody who tells it again after this time is in a hurry.
+const TOLD_ONCE_MS: i64 = 1000;
 /// This process is one of the extension's, and has that handler.
 static IS_WORKER: AtomicBool = AtomicBool::new(false);
 /// A transaction is being committed.
@@ -68,11 +73,18 @@ static COMMITTING: AtomicBool = AtomicBool::new(false);
 /// jobs in flight would look as if it had crashed. What a transaction waits for has a time limit; only a commit may wait
 /// for a standby without one, and looks at PostgreSQL's flag meanwhile.
 unsafe extern "C-unwind" fn request_stop(_signal: std::ffi::c_int) {
-    // SAFETY: atomics, flags meant for signal handlers, and a call that may be made in one; errno is kept.
+    // SAFETY: atomics, flags meant for signal handlers, and calls that may be made in one; errno is kept.
     unsafe {
         let error = *libc::__errno_location();
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time);
+        let now = time.tv_sec * 1000 + time.tv_nsec / 1_000_000;
         // Told twice, it ends at once.
-        if STOP.swap(true, SeqCst) || COMMITTING.load(SeqCst) {
+        let is_again = STOP.swap(true, SeqCst) && now - STOP_AT.load(SeqCst) >= TOLD_ONCE_MS;
+        if !is_again {
+            _ = STOP_AT.compare_exchange(0, now, SeqCst, SeqCst);
+        }
+        if is_again || COMMITTING.load(SeqCst) {
             tell_postgresql();
         }
         SetLatch(pg_sys::MyLatch);

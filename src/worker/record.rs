@@ -15,6 +15,9 @@ const POLLS_TO_TIDY: u32 = 6;
 const BATCH: usize = 1000;
 /// How long to wait after a failure.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Transactions at the worker's end at most, and how long to wait after one that has failed.
+const LAST_TRIES: u32 = 10;
+const LAST_PAUSE: Duration = Duration::from_millis(20);
 /// Failures in a row that the log tells of, where somebody else is in the way.
 const FAILURES_TOLD: u32 = 5;
 
@@ -76,8 +79,17 @@ impl Worker {
     /// Writes all there is, at the worker's end.
     pub fn record_last(&mut self) {
         if self.place.number == 0 {
-            self.records.next_poll = Instant::now();
-            while self.write_records() && self.records.due.is_some() {}
+            // Nobody comes after it who could write them: what is in the way may be gone in a moment.
+            for _ in 0..LAST_TRIES {
+                self.records.next_poll = Instant::now();
+                let is_written = self.write_records();
+                if is_written && self.records.due.is_none() {
+                    break;
+                }
+                if !is_written {
+                    std::thread::sleep(LAST_PAUSE);
+                }
+            }
         }
     }
 
