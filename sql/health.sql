@@ -66,6 +66,40 @@ END;
 COMMENT ON FUNCTION _nexus_hub.rate_violators() IS
     'Servers'' users that were over the limit of the server''s row, or the override''s, in five of the last ten minutes. Limits that callers of check_rate_limit bring are not known.';
 
+CREATE FUNCTION _nexus_hub.pending_jobs(p_most integer, OUT pending bigint, OUT oldest_pending_seconds double precision)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_custom_plan
+-- In the order of an index, whatever the statistics say, which may be of an empty table.
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET enable_sort = off
+SET jit = off
+AS $$
+BEGIN
+    -- By priority, or those of a small number would hide the others.
+    SELECT extract(epoch FROM now() - min(o.since)) INTO oldest_pending_seconds
+      FROM generate_series(1, 9) AS p (priority)
+     CROSS JOIN LATERAL (
+               SELECT j.since FROM _nexus_hub.job_places j
+                WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
+                ORDER BY j.run_at
+                LIMIT 1) AS o
+     WHERE o.since <= now();
+    SELECT count(*) FILTER (WHERE d.since <= now()) INTO pending
+      FROM (SELECT j.since
+              FROM generate_series(1, 9) AS p (priority)
+             CROSS JOIN LATERAL (
+                       SELECT j.since FROM _nexus_hub.job_places j
+                        WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
+                        ORDER BY j.run_at
+                        LIMIT p_most) AS j
+             LIMIT p_most) AS d;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.pending_jobs(integer) IS
+    'How many jobs are due and wait, p_most at most, and for how many seconds the first of them has been due; NULL: none waits.';
+
 CREATE FUNCTION _nexus_hub.job_situation(
     OUT pending bigint, OUT scheduled bigint, OUT running bigint, OUT oldest_pending_seconds double precision, OUT stuck_jobs bigint,
     OUT ended_last_hour bigint, OUT failed_last_hour bigint, OUT failure_rate double precision, OUT denied_last_hour bigint, OUT open_hosts bigint)
@@ -84,14 +118,7 @@ DECLARE
     most_each constant integer := 1000;
     hour_ago constant timestamptz := now() - interval '1 hour';
 BEGIN
-    -- By priority, or those of a small number would hide the others.
-    SELECT extract(epoch FROM now() - min(o.since)) INTO oldest_pending_seconds
-      FROM generate_series(1, 9) AS p (priority)
-     CROSS JOIN LATERAL (
-               SELECT j.since FROM _nexus_hub.job_places j
-                WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
-                ORDER BY j.run_at
-                LIMIT 1) AS o;
+    SELECT p.pending, p.oldest_pending_seconds INTO pending, oldest_pending_seconds FROM _nexus_hub.pending_jobs(most) p;
     SELECT count(*) INTO stuck_jobs
       FROM generate_series(1, 9) AS p (priority)
      CROSS JOIN LATERAL (
@@ -100,15 +127,6 @@ BEGIN
                 ORDER BY j.run_at
                 LIMIT most_each) AS d
      WHERE d.since <= hour_ago;
-    SELECT count(*) FILTER (WHERE d.since <= now()) INTO pending
-      FROM (SELECT j.since
-              FROM generate_series(1, 9) AS p (priority)
-             CROSS JOIN LATERAL (
-                       SELECT j.since FROM _nexus_hub.job_places j
-                        WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
-                        ORDER BY j.run_at
-                        LIMIT most) AS j
-             LIMIT most) AS d;
     SELECT count(*) INTO scheduled
       FROM (SELECT
               FROM generate_series(1, 9) AS p (priority)

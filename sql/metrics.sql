@@ -22,12 +22,6 @@ CREATE FUNCTION _nexus_hub.gauges(
     OUT unreachable_hosts bigint)
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
-SET plan_cache_mode = force_custom_plan
--- In the order of an index, whatever the statistics say, which may be of an empty table.
-SET enable_seqscan = off
-SET enable_bitmapscan = off
-SET enable_sort = off
-SET jit = off
 -- Who watches must not wait for what is wrong.
 SET lock_timeout = '100ms'
 AS $$
@@ -36,23 +30,7 @@ DECLARE
 BEGIN
     database := current_database();
     job_rows := _nexus_hub.job_rows();
-    SELECT extract(epoch FROM now() - min(o.since)) INTO oldest_pending_seconds
-      FROM generate_series(1, 9) AS p (priority)
-     CROSS JOIN LATERAL (
-               SELECT j.since FROM _nexus_hub.job_places j
-                WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
-                ORDER BY j.run_at
-                LIMIT 1) AS o
-     WHERE o.since <= now();
-    SELECT count(*) INTO pending
-      FROM (SELECT
-              FROM generate_series(1, 9) AS p (priority)
-             CROSS JOIN LATERAL (
-                       SELECT FROM _nexus_hub.job_places j
-                        WHERE j.status = 'pending' AND j.priority = p.priority::smallint AND j.run_at <= now()
-                        ORDER BY j.run_at
-                        LIMIT most) AS j
-             LIMIT most) AS d;
+    SELECT p.pending, p.oldest_pending_seconds INTO pending, oldest_pending_seconds FROM _nexus_hub.pending_jobs(most) p;
     IF pending >= most THEN
         pending := greatest(pending, _nexus_hub.pending_rows());
     END IF;

@@ -8,8 +8,8 @@ const GRACE: Duration = Duration::from_secs(60);
 const MISSED_POLLS: u32 = 3;
 /// Workers that may end soon after their start before the next one is not trusted.
 const RESTARTS: u32 = 2;
-/// After this time it is trusted.
-const HEALTHY_TIME: Duration = Duration::from_secs(60);
+/// After this time a worker is trusted, and the start of the next one is not held back by failures before.
+pub const HEALTHY_TIME: Duration = Duration::from_secs(60);
 
 /// What is seen of a worker.
 #[derive(Clone, Copy, Debug)]

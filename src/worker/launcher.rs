@@ -5,6 +5,7 @@
 //! others are started beside the first, once that runs.
 
 use super::{WORKER, WORKER_MAIN};
+use crate::domain::vigil::HEALTHY_TIME;
 use crate::pg::bgworker::{self, Launched};
 use crate::pg::shmem::{self, Place, WorkerState};
 use crate::pg::{catalog, guc, transaction};
@@ -18,8 +19,6 @@ const RESCAN_INTERVAL: Duration = Duration::from_secs(60);
 const AWAY_TIME: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
-/// A worker that lived this long was healthy: the next start is not held back by failures before.
-const HEALTHY_TIME: Duration = Duration::from_secs(60);
 
 /// Workers that may be on their way at the same time: the others keep their chance of a process.
 const MAX_STARTING: usize = 4;
