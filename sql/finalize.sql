@@ -32,6 +32,9 @@ BEGIN
             @extschema@.update_server(uuid, text, jsonb, boolean),
             @extschema@.delete_server(uuid),
             @extschema@.list_servers(),
+            @extschema@.sync_server(uuid),
+            _nexus_hub.begin_sync(uuid, integer),
+            _nexus_hub.cannot_sync(text, boolean),
             @extschema@.create_secret(text, text, uuid),
             @extschema@.update_secret(text, text, uuid),
             @extschema@.delete_secret(text, uuid),
@@ -82,6 +85,8 @@ BEGIN
               INSERT (user_id, job_type, server_id, tool_name, params, status, priority, run_at, timeout_ms, max_attempts, idempotency_key)
            ON @extschema@.job_results TO authenticated;
         GRANT SELECT ON @extschema@.job_attempts TO authenticated;
+        GRANT SELECT ON @extschema@.tool_cache, @extschema@.resource_cache, @extschema@.prompt_cache, @extschema@.server_syncs TO authenticated;
+        GRANT UPDATE (enabled) ON @extschema@.tool_cache TO authenticated;
         GRANT SELECT (id, user_id, service, created_at, updated_at, last_used_at) ON @extschema@.api_keys TO authenticated;
         GRANT SELECT ON @extschema@.api_gateway_configs TO authenticated;
         -- UPDATE of user_id, because an upsert of PostgREST writes all columns it is given; row-level security keeps it the user's.
@@ -94,6 +99,7 @@ BEGIN
         GRANT SELECT, INSERT, UPDATE, DELETE
            ON @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results,
               @extschema@.api_keys, @extschema@.api_gateway_configs, @extschema@.user_settings,
+              @extschema@.tool_cache, @extschema@.resource_cache, @extschema@.prompt_cache, @extschema@.server_syncs,
               @extschema@.rate_limit_exemptions, @extschema@.rate_limit_overrides, _nexus_hub.secrets TO service_role;
         GRANT SELECT ON @extschema@.rate_limit_tracking, @extschema@.rate_limit_stats TO service_role;
         GRANT SELECT ON @extschema@.job_attempts, @extschema@.circuit_breakers TO service_role;
@@ -139,6 +145,8 @@ BEGIN
             _nexus_hub.health(boolean),
             _nexus_hub.alerts(),
             _nexus_hub.health_summary(),
+            @extschema@.refresh_expired_cache_entries(),
+            _nexus_hub.refresh_expired(),
             @extschema@.cleanup_old_job_results(),
             @extschema@.cleanup_job_results_manual(integer, integer),
             _nexus_hub.cleanup_jobs(interval, interval),

@@ -163,7 +163,8 @@ CREATE FUNCTION _nexus_hub.situation(
     OUT pending bigint, OUT scheduled bigint, OUT running bigint, OUT oldest_pending_seconds double precision, OUT stuck_jobs bigint,
     OUT ended_last_hour bigint, OUT failed_last_hour bigint, OUT failure_rate double precision, OUT denied_last_hour bigint, OUT open_hosts bigint,
     OUT table_rows bigint, OUT vault_problem text, OUT vault_uses bigint,
-    OUT rate_keys integer, OUT rate_max_keys integer, OUT rate_allowed bigint, OUT rate_denied bigint, OUT rate_full bigint, OUT rate_violators bigint)
+    OUT rate_keys integer, OUT rate_max_keys integer, OUT rate_allowed bigint, OUT rate_denied bigint, OUT rate_full bigint, OUT rate_violators bigint,
+    OUT cache_entries bigint, OUT cache_expired_share double precision, OUT failing_syncs bigint)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 -- Who watches must not wait for what is wrong.
@@ -189,6 +190,8 @@ BEGIN
                failure_rate, denied_last_hour, open_hosts
           FROM _nexus_hub.job_situation() j;
         rate_violators := _nexus_hub.rate_violators();
+        SELECT c.entries, c.expired_share, c.failing_syncs INTO cache_entries, cache_expired_share, failing_syncs
+          FROM _nexus_hub.cache_situation(1000) c;
         SELECT max(k.uses) INTO vault_uses
           FROM (SELECT sum(n.encrypted_count)::bigint AS uses FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k;
         vault_problem := _nexus_hub.vault_problem();
@@ -211,7 +214,8 @@ BEGIN ATOMIC
       FROM jsonb_to_record(p_situation) AS s (
                is_preloaded boolean, is_standby boolean, is_enabled boolean, missing_workers integer, stuck_workers integer,
                are_tables_locked boolean, pending bigint, oldest_pending_seconds double precision, stuck_jobs bigint, failure_rate double precision,
-               table_rows bigint, denied_last_hour bigint, open_hosts bigint, vault_problem text, vault_uses bigint, rate_violators bigint)
+               table_rows bigint, denied_last_hour bigint, open_hosts bigint, vault_problem text, vault_uses bigint, rate_violators bigint,
+               cache_expired_share double precision)
      CROSS JOIN LATERAL (VALUES
         ('worker_down', 'critical', s.missing_workers::double precision, 0::double precision,
             CASE WHEN s.is_preloaded THEN 'workers are missing: see the server''s log, and max_worker_processes'
@@ -234,6 +238,8 @@ BEGIN ATOMIC
             'hosts cannot be reached: see circuit_breakers'),
         ('rate_limit_violations', 'warning', coalesce(s.rate_violators, 0), 0,
             'servers'' callers were over their limit in five of the last ten minutes: see rate_limit_tracking'),
+        ('cache_expired', 'warning', coalesce(s.cache_expired_share, 0), 0.5,
+            'of what the caches hold, so much is expired: server_syncs says why servers cannot be synced; see nexus_hub.auto_refresh, too'),
         ('egress_denials', 'warning', coalesce(s.denied_last_hour, 0), 10,
             'attempts to reach what nexus_hub.egress_allow does not open, in the last hour: see job_attempts'),
         ('vault_key_worn', 'warning', coalesce(s.vault_uses, 0), 2147483647,
@@ -313,6 +319,8 @@ BEGIN
         'rate_limits', jsonb_build_object(
             'keys', s.rate_keys, 'max_keys', s.rate_max_keys, 'fill', round(s.rate_keys / s.rate_max_keys::numeric, 4),
             'allowed', s.rate_allowed, 'denied', s.rate_denied, 'no_room', s.rate_full),
+        'cache', jsonb_build_object(
+            'entries', s.cache_entries, 'expired_share', round(s.cache_expired_share::numeric, 4), 'failing_syncs', s.failing_syncs),
         'egress', jsonb_build_object('denied_last_hour', coalesce(s.denied_last_hour, 0), 'unreachable_hosts', s.open_hosts));
 END
 $$;

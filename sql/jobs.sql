@@ -78,12 +78,12 @@ ALTER TABLE @extschema@.job_results ALTER COLUMN params SET STORAGE EXTERNAL;
 COMMENT ON TABLE @extschema@.job_results IS 'Background jobs and their results. Any committed row with status pending is run by the worker.';
 COMMENT ON COLUMN @extschema@.job_results.id IS 'The job''s id (UUIDv7), also sent as Idempotency-Key with its requests.';
 COMMENT ON COLUMN @extschema@.job_results.user_id IS 'The user whose job it is: who may see it, and whose servers it uses. NULL: nobody''s, system servers only.';
-COMMENT ON COLUMN @extschema@.job_results.job_type IS 'tool_invoke, resource_fetch, prompt_execute (MCP, by server_id) or http_request (plain HTTP, not for users).';
+COMMENT ON COLUMN @extschema@.job_results.job_type IS 'tool_invoke, resource_fetch, prompt_execute (MCP, by server_id), server_sync (MCP, made by sync_server) or http_request (plain HTTP, not for users).';
 COMMENT ON COLUMN @extschema@.job_results.server_id IS 'The MCP server: looked up among the user''s enabled user_servers, then among enabled system_servers.';
 COMMENT ON COLUMN @extschema@.job_results.tool_name IS 'tool_invoke: the tool; prompt_execute: the prompt. Up to 200 characters.';
 COMMENT ON COLUMN @extschema@.job_results.params IS 'A JSON object of up to 16 MB. tool_invoke, prompt_execute: the arguments; resource_fetch: {"uri": …}; http_request: {"url": …, "method": …, "headers": {…}, "body": …, "timeout_ms": …}, with {{secret:name}} for a named secret in the URL or a header''s value.';
 COMMENT ON COLUMN @extschema@.job_results.status IS 'pending (waits), running, completed, failed or cancelled.';
-COMMENT ON COLUMN @extschema@.job_results.result IS 'MCP: the result object as the server sent it; http_request: {"status", "headers", "body" or "body_base64"}.';
+COMMENT ON COLUMN @extschema@.job_results.result IS 'MCP: the result object as the server sent it; server_sync: how much it has found; http_request: {"status", "headers", "body" or "body_base64"}.';
 COMMENT ON COLUMN @extschema@.job_results.error IS 'Why the job failed, for people.';
 COMMENT ON COLUMN @extschema@.job_results.created_at IS 'When the job was made.';
 COMMENT ON COLUMN @extschema@.job_results.started_at IS 'When a worker took the job (the last time).';
@@ -92,7 +92,7 @@ COMMENT ON COLUMN @extschema@.job_results.lease IS 'The fencing token of the cla
 COMMENT ON COLUMN @extschema@.job_results.priority IS '1 (first) to 9 (last). A job waits for those of a smaller number that can run; users get 5 or more.';
 COMMENT ON COLUMN @extschema@.job_results.run_at IS 'Not before this time: a schedule, or when a failed attempt is made again. Jobs of one priority and one target start in this order.';
 COMMENT ON COLUMN @extschema@.job_results.timeout_ms IS 'Milliseconds an attempt may take in all, 1 to 3600000. NULL: what params or the server''s config say, else nexus_hub.request_timeout.';
-COMMENT ON COLUMN @extschema@.job_results.max_attempts IS 'Attempts that are made at most, 1 to 100. NULL: 5 for http_request, 3 for resource_fetch and prompt_execute, 1 for tool_invoke.';
+COMMENT ON COLUMN @extschema@.job_results.max_attempts IS 'Attempts that are made at most, 1 to 100. NULL: 5 for http_request, 3 for resource_fetch, prompt_execute and server_sync, 1 for tool_invoke.';
 COMMENT ON COLUMN @extschema@.job_results.attempt IS 'How often the job was started, in crashes of the worker, too.';
 COMMENT ON COLUMN @extschema@.job_results.crashes IS 'How often a worker was gone while it ran the job; these do not count towards max_attempts. At nexus_hub.max_crashes the job is set aside as failed.';
 COMMENT ON COLUMN @extschema@.job_results.failures IS 'How many of the job''s attempts have failed, those before retry_job included: they are in job_attempts.';
@@ -122,7 +122,7 @@ CREATE POLICY job_results_owner_select ON @extschema@.job_results
 CREATE POLICY job_results_owner_insert ON @extschema@.job_results
     FOR INSERT WITH CHECK (
         user_id = (SELECT @extschema@.nexus_hub_uid())
-        AND status = 'pending' AND job_type <> 'http_request' AND priority >= 5);
+        AND status = 'pending' AND job_type NOT IN ('http_request', 'server_sync') AND priority >= 5);
 CREATE POLICY job_results_service_all ON @extschema@.job_results
     FOR ALL USING ((SELECT _nexus_hub.is_service_role())) WITH CHECK ((SELECT _nexus_hub.is_service_role()));
 

@@ -19,7 +19,7 @@ COMMENT ON FUNCTION _nexus_hub.job_bytes() IS 'What job_results takes on disk.';
 
 CREATE FUNCTION _nexus_hub.gauges(
     OUT database text, OUT pending bigint, OUT oldest_pending_seconds double precision, OUT job_rows bigint, OUT job_bytes bigint,
-    OUT unreachable_hosts bigint)
+    OUT unreachable_hosts bigint, OUT cache_entries bigint, OUT cache_expired_share double precision, OUT failing_syncs bigint)
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 -- Who watches must not wait for what is wrong.
@@ -35,12 +35,14 @@ BEGIN
         pending := greatest(pending, _nexus_hub.pending_rows());
     END IF;
     SELECT count(DISTINCT b.host) INTO unreachable_hosts FROM _nexus_hub.circuit_breakers b;
+    SELECT c.entries, c.expired_share, c.failing_syncs INTO cache_entries, cache_expired_share, failing_syncs
+      FROM _nexus_hub.cache_situation(100) c;
     job_bytes := _nexus_hub.job_bytes();
 EXCEPTION WHEN lock_not_available THEN
     NULL;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs at most; above that the number of pending ones is an estimate. NULL: not known, because somebody has the tables locked.';
+COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs and a hundred pages of each cache at most; above that numbers are estimates. NULL: not known, because somebody has the tables locked.';
 
 CREATE FUNCTION _nexus_hub.metrics_page() RETURNS text
 LANGUAGE c VOLATILE SECURITY DEFINER

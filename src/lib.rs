@@ -1,12 +1,13 @@
 //! nexus_hub: the back end of an MCP hub inside PostgreSQL.
 //!
-//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `cleanup`, `health`, `jobs`, `metrics`, `rate_limit`, `secrets`, `servers`,
+//! Floors, imports run downward only: `worker` → the façades `audit`, `byok`, `cache`, `cleanup`, `health`, `jobs`, `metrics`, `rate_limit`, `secrets`, `servers`,
 //! `vault` → `net` and `pg` → `domain`.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
 
 mod audit;
 mod byok;
+mod cache;
 mod cleanup;
 mod domain;
 mod health;
@@ -39,7 +40,8 @@ extension_sql_file!("../sql/online_rotation.sql", name = "online_rotation", requ
 extension_sql_file!("../sql/rate_limit.sql", name = "rate_limit", requires = ["byok"]);
 extension_sql_file!("../sql/request_limit.sql", name = "request_limit", requires = ["rate_limit"]);
 extension_sql_file!("../sql/cleanup.sql", name = "cleanup", requires = ["request_limit"]);
-extension_sql_file!("../sql/health.sql", name = "health", requires = ["cleanup", "keys"]);
+extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["cleanup"]);
+extension_sql_file!("../sql/health.sql", name = "health", requires = ["cache", "keys"]);
 extension_sql_file!("../sql/metrics.sql", name = "metrics", requires = ["health"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 

@@ -34,7 +34,9 @@ fn metrics_page() -> Result<String, SpiError> {
 
 fn tables() -> Result<Gauges, SpiError> {
     Spi::connect(|client| {
-        let query = "SELECT database, pending, oldest_pending_seconds, job_rows, job_bytes, unreachable_hosts FROM _nexus_hub.gauges()";
+        let query = "SELECT database, pending, oldest_pending_seconds, job_rows, job_bytes, unreachable_hosts,
+                            cache_entries, cache_expired_share, failing_syncs
+                       FROM _nexus_hub.gauges()";
         let row = client.select(query, Some(1), &[])?.first();
         Ok(Gauges {
             database: row.get(1)?.unwrap_or_default(),
@@ -43,6 +45,9 @@ fn tables() -> Result<Gauges, SpiError> {
             table_rows: row.get(4)?,
             table_bytes: row.get(5)?,
             unreachable_hosts: row.get(6)?,
+            cache_entries: row.get(7)?,
+            cache_expired_share: row.get(8)?,
+            failing_syncs: row.get(9)?,
             ..Gauges::default()
         })
     })

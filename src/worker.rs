@@ -8,6 +8,7 @@ mod launcher;
 mod limits;
 mod prune;
 mod record;
+mod refresh;
 mod rotate;
 mod run;
 mod start;

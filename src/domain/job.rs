@@ -6,6 +6,8 @@ pub enum JobType {
     ToolInvoke,
     ResourceFetch,
     PromptExecute,
+    /// Lists what a server offers, for the caches.
+    ServerSync,
     HttpRequest,
 }
 
@@ -19,6 +21,7 @@ impl JobType {
             "tool_invoke" => Some(Self::ToolInvoke),
             "resource_fetch" => Some(Self::ResourceFetch),
             "prompt_execute" => Some(Self::PromptExecute),
+            "server_sync" => Some(Self::ServerSync),
             Self::HTTP_REQUEST => Some(Self::HttpRequest),
             _ => None,
         }
@@ -28,7 +31,7 @@ impl JobType {
     pub fn max_attempts(self) -> i32 {
         match self {
             Self::HttpRequest => 5,
-            Self::ResourceFetch | Self::PromptExecute => 3,
+            Self::ResourceFetch | Self::PromptExecute | Self::ServerSync => 3,
             Self::ToolInvoke => 1,
         }
     }
@@ -156,6 +159,9 @@ pub fn check(
             format!("{names}params has no \"url\" that is a string"),
             "An http_request job takes {\"url\": \"…\", \"method\": \"GET\", …}.",
         ),
+        JobType::ServerSync if names == Names::Arguments => {
+            misfit("server_sync jobs are not made by hand", "Call sync_server(p_server_ref_id).")
+        }
         _ => Ok(kind),
     }
 }

@@ -42,10 +42,11 @@ pub enum Counter {
     Loops,
 }
 
-const TYPES: [(JobType, &str); 4] = [
+const TYPES: [(JobType, &str); 5] = [
     (JobType::ToolInvoke, "tool_invoke"),
     (JobType::ResourceFetch, "resource_fetch"),
     (JobType::PromptExecute, "prompt_execute"),
+    (JobType::ServerSync, "server_sync"),
     (JobType::HttpRequest, "http_request"),
 ];
 const ENDINGS: [Ending; 4] = [Ending::Completed, Ending::Failed, Ending::Retried, Ending::HandedOver];
@@ -121,6 +122,9 @@ pub struct Gauges {
     pub table_rows: Option<i64>,
     pub table_bytes: Option<i64>,
     pub unreachable_hosts: Option<i64>,
+    pub cache_entries: Option<i64>,
+    pub cache_expired_share: Option<f64>,
+    pub failing_syncs: Option<i64>,
     pub rate: Option<RateGauges>,
 }
 
@@ -177,6 +181,12 @@ pub fn page(count: Option<&dyn Fn(usize) -> u64>, gauges: &Gauges) -> String {
     page.single("job_bytes", "gauge", "What job_results takes on disk, its indexes included.", gauges.table_bytes);
     let hosts = gauges.unreachable_hosts;
     page.single("unreachable_hosts", "gauge", "Hosts whose circuit breaker is not closed.", hosts);
+    let entries = gauges.cache_entries;
+    page.single("cache_entries", "gauge", "Entries in the caches, of large ones an estimate.", entries);
+    let share = gauges.cache_expired_share;
+    page.single("cache_expired_ratio", "gauge", "Share of the caches' entries that is expired, 0 to 1.", share);
+    let syncs = gauges.failing_syncs;
+    page.single("failing_syncs", "gauge", "Servers whose last sync has failed, 1000 at most.", syncs);
     if let Some(rate) = gauges.rate {
         let help = "Decisions on rate limits, of all databases of the server.";
         page.family("rate_limit_decisions_total", "counter", help);

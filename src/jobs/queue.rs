@@ -37,6 +37,8 @@ pub type Claim = (Uuid, Uuid);
 pub struct Completion {
     pub job: Uuid,
     pub lease: Uuid,
+    /// Whether it is a sync, whose result belongs into the caches.
+    pub is_sync: bool,
     pub verdict: Verdict,
     pub http_status: Option<u16>,
     /// The job is not finished, but tried again after this time.

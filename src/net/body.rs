@@ -16,8 +16,13 @@ const SMALL: usize = 256 * 1024;
 pub struct Held(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 
 impl Held {
-    fn keep(&self, permit: OwnedSemaphorePermit) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(permit);
+    /// Waits for a place, unless it has one: who holds one and waits for another may wait for ever.
+    async fn fill(&self, limits: &Limits) -> Result<(), Failure> {
+        if self.0.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            let place = limits.place_for_large_answer().await?;
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
+        }
+        Ok(())
     }
 }
 
@@ -42,7 +47,7 @@ pub fn chunks(
                 return Err(Failure::TooLarge { limit });
             }
             if is_large {
-                held.keep(limits.place_for_large_answer().await?);
+                held.fill(&limits).await?;
             }
             Ok(chunk)
         }

@@ -1,10 +1,12 @@
 //! MCP calls: which session they go over, and what their answers mean.
 
+mod catalogue;
 mod session;
 mod tag;
 mod transport;
 mod wire;
 
+use session::Session;
 pub use session::Sessions;
 
 use super::endpoint::Endpoint;
@@ -39,33 +41,36 @@ pub enum McpCall {
         name: String,
         arguments: String,
     },
+    /// All that the server offers.
+    Catalogue,
 }
 
-impl McpCall {
-    /// The request, with a stand-in for the arguments, which the transport replaces by their text.
-    fn into_request(self, job: Uuid) -> (ClientRequest, CallTag) {
-        let stand_in = wire::stand_in(job);
-        match self {
-            McpCall::Tool { name, arguments } => {
-                let tag = CallTag::new(job, Some(arguments));
-                let mut request = CallToolRequest::new(CallToolRequestParams::new(name).with_arguments(stand_in));
-                request.extensions.insert(tag.clone());
-                (ClientRequest::CallToolRequest(request), tag)
-            }
-            McpCall::Resource { uri } => {
-                let tag = CallTag::new(job, None);
-                let mut request = ReadResourceRequest::new(ReadResourceRequestParams::new(uri));
-                request.extensions.insert(tag.clone());
-                (ClientRequest::ReadResourceRequest(request), tag)
-            }
-            McpCall::Prompt { name, arguments } => {
-                let tag = CallTag::new(job, Some(arguments));
-                let mut request = GetPromptRequest::new(GetPromptRequestParams::new(name).with_arguments(stand_in));
-                request.extensions.insert(tag.clone());
-                (ClientRequest::GetPromptRequest(request), tag)
-            }
-        }
-    }
+/// One request of a job, and what travels with it.
+type Asked = (ClientRequest, CallTag);
+
+/// A tool call, with a stand-in for the arguments, which the transport replaces by their text.
+fn call_tool(job: Uuid, name: String, arguments: String) -> Asked {
+    let tag = CallTag::new(job, Some(arguments));
+    let params = CallToolRequestParams::new(name).with_arguments(wire::stand_in(job));
+    let mut request = CallToolRequest::new(params);
+    request.extensions.insert(tag.clone());
+    (ClientRequest::CallToolRequest(request), tag)
+}
+
+fn read_resource(job: Uuid, uri: String) -> Asked {
+    let tag = CallTag::new(job, None);
+    let mut request = ReadResourceRequest::new(ReadResourceRequestParams::new(uri));
+    request.extensions.insert(tag.clone());
+    (ClientRequest::ReadResourceRequest(request), tag)
+}
+
+/// As [`call_tool`].
+fn get_prompt(job: Uuid, name: String, arguments: String) -> Asked {
+    let tag = CallTag::new(job, Some(arguments));
+    let params = GetPromptRequestParams::new(name).with_arguments(wire::stand_in(job));
+    let mut request = GetPromptRequest::new(params);
+    request.extensions.insert(tag.clone());
+    (ClientRequest::GetPromptRequest(request), tag)
 }
 
 /// Makes one call over the session with the server, which is opened if need be. `None`: it was broken off.
@@ -83,32 +88,56 @@ pub async fn perform(
         session = sessions.get(endpoint) => session?,
         Ok(()) = &mut cancelled => return Ok(None),
     };
-    let remaining = deadline.saturating_duration_since(tokio::time::Instant::now());
-    // With its own time-out the library also tells the server that the call is off.
-    let options = PeerRequestOptions::with_timeout(remaining);
-    let (request, tag) = call.into_request(job);
-    let explained = |error| tag.take().unwrap_or_else(|| describe(error, time));
-    let handle = session.peer().send_cancellable_request(request, options).await.map_err(explained)?;
-    let (id, peer) = (handle.id.clone(), handle.peer.clone());
-    let verdict = tokio::select! {
-        // What the transport noted is more telling than what the library makes of it.
-        biased;
-        failure = tag.failed() => Err(failure),
-        answer = handle.await_response() => match answer {
-            Ok(ServerResult::CustomResult(CustomResult(wrapped))) => wire::unwrap(wrapped).and_then(judge),
-            Ok(_) => Err(Failure::NotMcp("the answer does not fit the call".into())),
-            Err(error) => Err(explained(error)),
-        },
-        Ok(()) = cancelled => {
-            let off = CancelledNotificationParam::new(Some(id), Some("the job was cancelled".into()));
-            // If the server cannot be told, it finds nobody listening.
-            let _ = tokio::time::timeout(GOODBYE, peer.notify_cancelled(off)).await;
-            return Ok(None);
-        }
+    let mut line = Line { session: &session, deadline, time, cancelled };
+    let (request, tag) = match call {
+        McpCall::Tool { name, arguments } => call_tool(job, name, arguments),
+        McpCall::Resource { uri } => read_resource(job, uri),
+        McpCall::Prompt { name, arguments } => get_prompt(job, name, arguments),
+        McpCall::Catalogue => return catalogue::fetch(&mut line, job, sessions.max_response_bytes()).await,
     };
-    let mut ending = Ending::answered(verdict?);
-    ending.held = tag.held.clone();
+    let held = tag.held.clone();
+    let Some(result) = line.ask(request, tag).await? else { return Ok(None) };
+    let mut ending = Ending::answered(judge(result)?);
+    ending.held = held;
     Ok(Some(ending))
+}
+
+/// The line to a server, for as long as a job may take.
+struct Line<'a> {
+    session: &'a Session,
+    deadline: tokio::time::Instant,
+    /// What the job was given in all, to be told.
+    time: Duration,
+    cancelled: oneshot::Receiver<()>,
+}
+
+impl Line<'_> {
+    /// Asks, and returns the text of the result. `None`: it was broken off.
+    async fn ask(&mut self, request: ClientRequest, tag: CallTag) -> Result<Option<String>, Failure> {
+        let remaining = self.deadline.saturating_duration_since(tokio::time::Instant::now());
+        // With its own time-out the library also tells the server that the call is off.
+        let options = PeerRequestOptions::with_timeout(remaining);
+        let time = self.time;
+        let explained = |error| tag.take().unwrap_or_else(|| describe(error, time));
+        let handle = self.session.peer().send_cancellable_request(request, options).await.map_err(explained)?;
+        let (id, peer) = (handle.id.clone(), handle.peer.clone());
+        tokio::select! {
+            // What the transport noted is more telling than what the library makes of it.
+            biased;
+            failure = tag.failed() => Err(failure),
+            answer = handle.await_response() => match answer {
+                Ok(ServerResult::CustomResult(CustomResult(wrapped))) => wire::unwrap(wrapped).map(Some),
+                Ok(_) => Err(Failure::NotMcp("the answer does not fit the call".into())),
+                Err(error) => Err(explained(error)),
+            },
+            Ok(()) = &mut self.cancelled => {
+                let off = CancelledNotificationParam::new(Some(id), Some("the job was cancelled".into()));
+                // If the server cannot be told, it finds nobody listening.
+                let _ = tokio::time::timeout(GOODBYE, peer.notify_cancelled(off)).await;
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// How long a server may take to hear that a call is off.

@@ -1,7 +1,9 @@
 //! The settings, `nexus_hub.*`: private statics with typed getters.
 
+mod cache;
 mod retention;
 
+pub use cache::Caching;
 pub use retention::{Retention, rate_limit_retention, settings as retention};
 
 use super::shmem;
@@ -309,6 +311,7 @@ pub fn register() {
         GucFlags::empty(),
     );
     retention::register();
+    cache::register();
     // Misspelt settings in postgresql.conf are reported instead of ignored.
     #[cfg(feature = "pg14")]
     // SAFETY: the prefix is a static C string.
@@ -432,6 +435,7 @@ pub struct WorkerSettings {
     pub session_idle_timeout: Duration,
     pub poll_interval: Duration,
     pub retention: Retention,
+    pub caching: Caching,
 }
 
 /// The worker's settings as they are now.
@@ -457,5 +461,6 @@ pub fn worker_settings() -> WorkerSettings {
         session_idle_timeout: time(&SESSION_IDLE_TIMEOUT_MS),
         poll_interval: time(&POLL_INTERVAL_MS),
         retention: retention::settings(),
+        caching: cache::settings(),
     }
 }

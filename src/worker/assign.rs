@@ -90,6 +90,10 @@ pub fn request(
         let call = HttpCall::hand_over(edge.url.clone(), edge.authorization.clone(), edge_body(&job)?);
         return Ok(Request { job: job.id, lease, timeout, work: Work::Http(call), hidden: Hidden::new() });
     }
+    // A system server of the same name would answer for it.
+    if kind == JobType::ServerSync && job.user_id.is_some() && !job.server.is_users_own() {
+        return Err(format!("the server \"{}\" is disabled or gone", job.server_id.unwrap_or_default()));
+    }
     let mut endpoint = job.server.endpoint(job.server_id.as_deref().unwrap_or_default())?.clone();
     let mut hidden = Hidden::new();
     if let Some(template) = endpoint.template.take() {
@@ -101,6 +105,7 @@ pub fn request(
     let call = match kind {
         JobType::ToolInvoke => McpCall::Tool { name: name()?, arguments: job.params },
         JobType::PromptExecute => McpCall::Prompt { name: name()?, arguments: job.params },
+        JobType::ServerSync => McpCall::Catalogue,
         JobType::ResourceFetch | JobType::HttpRequest => {
             let params = endpoint::members(&job.params, &["uri"])?.0;
             let uri = params.get("uri").and_then(Value::as_str);
@@ -131,6 +136,7 @@ fn edge_body(job: &ClaimedJob) -> Result<String, String> {
 pub fn completion(
     job: Uuid,
     lease: Uuid,
+    kind: Option<JobType>,
     ending: Ending,
     (attempts, max_attempts): (i32, i32),
     settings: &WorkerSettings,
@@ -147,5 +153,6 @@ pub fn completion(
         // Never at once, even where the server says so.
         Retry::After(time) => Some(time.min(settings.retry_max_delay).max(delay(0.0))),
     };
-    Completion { job, lease, verdict: ending.verdict, http_status: ending.http_status, retry_in }
+    let is_sync = kind == Some(JobType::ServerSync);
+    Completion { job, lease, is_sync, verdict: ending.verdict, http_status: ending.http_status, retry_in }
 }

@@ -132,6 +132,7 @@ mod tests {
         let completion = Completion {
             job: Uuid::from_u128(number),
             lease: Uuid::from_u128(1000 + number),
+            is_sync: false,
             verdict: Verdict::Completed { result: "x".repeat(bytes) },
             http_status: None,
             retry_in: None,

@@ -7,6 +7,7 @@ use super::backlog::Backlog;
 use super::feed::Feed;
 use super::prune::Pruner;
 use super::record::Records;
+use super::refresh::Refresher;
 use super::step::{Running, Step, finished};
 use super::{rotate, start};
 use crate::domain::metrics::Counter;
@@ -99,6 +100,8 @@ pub struct Worker {
     pub not_before: Option<Instant>,
     /// Deletes what is old.
     pub pruner: Pruner,
+    /// Has servers synced again.
+    pub refresher: Refresher,
     /// Writes down what was counted of rate limits.
     pub recorder: Recorder,
     /// The process that rotates the vault's keys.
@@ -157,6 +160,7 @@ impl Worker {
             self.record();
             self.record_limits();
             self.prune();
+            self.refresh();
             self.wait();
             if self.in_flight.len() >= GATHER_IN_FLIGHT && (1..GATHER_OUTCOMES).contains(&self.tried.len()) {
                 std::thread::sleep(GATHER_TIME);
@@ -234,6 +238,7 @@ impl Worker {
                 .chain([self.next_poll])
                 .chain(self.limits_due())
                 .chain(self.prune_at())
+                .chain(self.refresh_at())
                 .min()
                 .unwrap_or(now);
             next.saturating_duration_since(now)

@@ -6,6 +6,7 @@ use super::feed::Feed;
 use super::limits::SharedMeter;
 use super::prune::Pruner;
 use super::record::Records;
+use super::refresh::Refresher;
 use super::rotate;
 use super::run::{GONE, RESTART, Worker};
 use crate::domain::breaker::Rules;
@@ -129,6 +130,7 @@ pub fn main(slot: usize) -> i32 {
         next_poll: now,
         records: Records::new(now),
         pruner: Pruner::new(now),
+        refresher: Refresher::new(now),
         failures: 0,
         not_before: None,
         rotation: rotate::Post::default(),

@@ -7,10 +7,11 @@ use super::fill::Secrets;
 use super::limits;
 use super::run::{FLUSH_TIME, RESTART, Worker};
 use super::start;
+use crate::cache::{self, Settled};
 use crate::domain::job::JobType;
 use crate::domain::metrics::{self, Counter};
 use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
-use crate::jobs::queue::{Claim, ClaimedJob, Queue};
+use crate::jobs::queue::{Claim, ClaimedJob, Completion, Queue};
 use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
 use crate::pg::shmem::counters;
@@ -160,7 +161,7 @@ impl Worker {
                     done.lost = queue.lost(in_flight.keys().copied())?;
                 }
                 if !batch.is_empty() {
-                    done.locked = queue.complete(&batch)?;
+                    done.locked = complete(queue, &batch, settings)?;
                 }
                 if !breakers.is_empty() {
                     queue.show_breakers(Some(breakers))?;
@@ -345,6 +346,35 @@ fn release_abandoned(
     if abandoned.is_empty() { Ok(0) } else { queue.release(abandoned, Some(max_crashes)) }
 }
 
+/// Writes outcomes, those of syncs into the caches first. Returns those that must be written later.
+fn complete(
+    queue: &Queue,
+    batch: &[&Completion],
+    settings: &WorkerSettings,
+) -> Result<Vec<Claim>, pgrx::spi::SpiError> {
+    if !batch.iter().any(|completion| completion.is_sync) {
+        return queue.complete(batch);
+    }
+    let (syncs, mut others): (Vec<&Completion>, Vec<_>) = batch.iter().partition(|completion| completion.is_sync);
+    let mut locked = Vec::new();
+    let mut settled = Vec::new();
+    for sync in syncs {
+        match cache::settle(sync, settings.caching.ttl)? {
+            Settled::AsItIs => others.push(sync),
+            Settled::As(verdict) => {
+                let (job, lease, is_sync, http_status) = (sync.job, sync.lease, true, sync.http_status);
+                settled.push(Completion { job, lease, is_sync, verdict, http_status, retry_in: None });
+            }
+            Settled::Locked => locked.push(sync.claim()),
+        }
+    }
+    others.extend(&settled);
+    if !others.is_empty() {
+        locked.extend(queue.complete(&others)?);
+    }
+    Ok(locked)
+}
+
 /// What is to be written of an attempt that has ended.
 pub fn finished(
     job: Uuid,
@@ -357,7 +387,7 @@ pub fn finished(
     let held = ending.held.clone();
     let is_retried = ending.retry != Retry::Never && matches!(ending.verdict, Verdict::Failed { .. });
     let jitter = if is_retried { (Uuid::new_v4().as_u64_pair().1 as u32) as f64 / f64::from(u32::MAX) } else { 0.0 };
-    let completion = assign::completion(job, lease, ending, attempts, settings, jitter);
+    let completion = assign::completion(job, lease, kind, ending, attempts, settings, jitter);
     if let Some(kind) = kind {
         let ending = match (&completion.verdict, completion.retry_in) {
             (Verdict::Completed { .. }, _) => metrics::Ending::Completed,

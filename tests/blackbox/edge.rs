@@ -98,6 +98,23 @@ fn an_executor_that_fails_is_asked_again_and_its_key_is_never_shown() {
 }
 
 #[test]
+fn a_sync_is_the_executors_too() {
+    let (to_test, handed) = std::sync::mpsc::channel();
+    let to_test = std::sync::Mutex::new(to_test);
+    let server = FakeServer::start(move |request| {
+        to_test.lock().expect("not poisoned").send(handed_over(request)).expect("the test listens");
+        Some(Answer::json("{}"))
+    });
+    let database = in_edge_mode(&server.url);
+    let mut client = database.connect();
+    let id = add_server(&mut client, "s", json!({"url": "https://host.example/mcp"}));
+    let job: Uuid = client.query_one("SELECT sync_server($1)", &[&id]).expect("sync_server").get(0);
+    let got = handed.recv_timeout(std::time::Duration::from_secs(60)).expect("a request");
+    assert_eq!((&got["job_type"], &got["job_id"]), (&json!("server_sync"), &json!(job.to_string())));
+    assert_eq!((&got["server_id"], &got["user_id"]), (&json!("s"), &json!(ALICE)));
+}
+
+#[test]
 fn plain_http_jobs_are_run_by_the_worker_all_the_same() {
     let server = FakeServer::start(|_| Some(Answer::json("{\"a\": 1}")));
     let database = in_edge_mode("http://127.0.0.1:1");

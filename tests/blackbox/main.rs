@@ -2,6 +2,7 @@
 
 mod architecture;
 mod audit;
+mod cache;
 mod cleanup;
 mod edge;
 mod egress;

@@ -23,7 +23,7 @@ $$;
 SELECT set_eq('SELECT name, severity, threshold FROM nexus_hub_alerts',
     $$VALUES ('worker_down', 'critical', 0::double precision), ('worker_stuck', 'critical', 0), ('tables_locked', 'critical', 0), ('vault_key_unusable', 'critical', 0),
              ('jobs_disabled', 'warning', 0), ('oldest_pending_age', 'warning', 300), ('stuck_jobs', 'warning', 0), ('job_failure_rate', 'warning', 0.1),
-             ('circuit_breakers_open', 'warning', 0), ('rate_limit_violations', 'warning', 0), ('egress_denials', 'warning', 10),
+             ('circuit_breakers_open', 'warning', 0), ('rate_limit_violations', 'warning', 0), ('egress_denials', 'warning', 10), ('cache_expired', 'warning', 0.5),
              ('vault_key_worn', 'warning', 2147483647), ('upgrade_pending', 'warning', 0), ('job_table_size', 'info', 1000000)$$,
     'the alerts are these');
 SELECT is(pg_temp.fires(), '{}', 'none fires at first');
@@ -103,6 +103,18 @@ UPDATE rate_limit_overrides SET request_limit = 10;
 SELECT is(pg_temp.fires(), '{rate_limit_violations}', 'or one that does not');
 DELETE FROM rate_limit_overrides;
 DELETE FROM _nexus_hub.rate_limit_windows;
+
+INSERT INTO tool_cache (server_ref_id, server_type, tool_name, namespaced_name, expires_at)
+    SELECT ref_id, 'system', 't' || number, 's__t' || number, now() + (number - 10.5) * interval '1 minute' FROM system_servers, generate_series(1, 20) AS number WHERE id = 'shared';
+INSERT INTO prompt_cache (server_ref_id, server_type, prompt_name, namespaced_name, expires_at) SELECT gen_random_uuid(), 'system', 'p', 's__p', now() - interval '1 day' FROM generate_series(1, 50);
+SELECT is(pg_temp.fires(), '{}', 'half of the caches may be expired, and those of servers that are gone');
+SELECT is(nexus_hub_health() -> 'cache', '{"entries": 20, "expired_share": 0.5000, "failing_syncs": 0}', 'health tells');
+INSERT INTO resource_cache (server_ref_id, server_type, uri, expires_at) SELECT ref_id, 'system', 'u', now() - interval '1 minute' FROM system_servers WHERE id = 'shared';
+SELECT is(pg_temp.fires(), '{cache_expired}', 'more may not');
+UPDATE system_servers SET enabled = false;
+SELECT is(pg_temp.fires(), '{}', 'but of servers that are disabled');
+UPDATE system_servers SET enabled = true;
+DELETE FROM tool_cache; DELETE FROM resource_cache; DELETE FROM prompt_cache;
 
 SET LOCAL nexus_hub.enabled = off;
 SELECT is(pg_temp.fires(), '{jobs_disabled}', 'a worker that takes no jobs is an alert');

@@ -79,14 +79,14 @@ SELECT set_eq(
     $$SELECT f.proname::text, g.grantee FROM granted g JOIN extension_function f ON g.object = f.oid::regprocedure::text
        WHERE f.nspname = '_nexus_hub' AND g.grantee <> 'PUBLIC' AND f.proname <> 'url_authority'$$,
     $$SELECT name, grantee FROM unnest(ARRAY['owner', 'server_exists', 'server_id', 'seal_server_config', 'check_secret', 'seal_secret', 'secret_context', 'secret_exists', 'secret_owner', 'check_job', 'check_job_options', 'job_of_key', 'job_of_key_gone',
-                                             'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
+                                             'begin_sync', 'cannot_sync', 'wake_worker', 'job_not_found', 'await_job', 'cancel_unfinished_job', 'retry_finished_jobs']) AS name,
                                 unnest(ARRAY['authenticated', 'service_role']) AS grantee
       UNION ALL VALUES ('decrypt_json', 'service_role'), ('rotate_values', 'service_role'), ('vault_key_state', 'service_role'), ('vault_column_list', 'service_role'), ('launch_rotation', 'service_role'), ('set_rotation_paused', 'service_role'), ('primary_vault_key', 'service_role'), ('api_key_context', 'service_role'), ('api_service', 'service_role'), ('api_key', 'service_role'),
                        ('model_provider', 'service_role'), ('model_name', 'service_role'), ('no_api_key', 'service_role'),
                        ('open_secret', 'service_role'), ('api_key_object', 'service_role'),
                        ('health', 'service_role'), ('alerts', 'service_role'), ('health_summary', 'service_role'),
                        ('metrics_page', 'service_role'), ('metrics_page', 'pg_monitor'), ('health', 'pg_monitor'), ('alerts', 'pg_monitor'), ('health_summary', 'pg_monitor'),
-                       ('cleanup_jobs', 'service_role'), ('job_retention', 'service_role'), ('days', 'service_role'),
+                       ('refresh_expired', 'service_role'), ('cleanup_jobs', 'service_role'), ('job_retention', 'service_role'), ('days', 'service_role'),
                        ('limit_request', 'service_role'), ('answer_request', 'service_role'), ('rate_limit_minutes', 'service_role'), ('rate_limit_statistics', 'service_role')$$,
     'of the internal functions, only those that public ones call are granted');
 
@@ -112,7 +112,7 @@ SELECT set_eq(
         FROM extension_table t JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped,
              unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS privilege
        WHERE t.nspname = %L          AND has_column_privilege('authenticated', t.oid, a.attnum, privilege)
-         AND (t.relname, privilege) NOT IN (('job_results', 'SELECT'), ('job_attempts', 'SELECT'))
+         AND (t.relname, privilege) NOT IN (('job_results', 'SELECT'), ('job_attempts', 'SELECT'), ('tool_cache', 'SELECT'), ('resource_cache', 'SELECT'), ('prompt_cache', 'SELECT'), ('server_syncs', 'SELECT'))
        GROUP BY 1, 2$$, :'schema'),
     $$VALUES
     ('user_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute server_id transport updated_at user_id'),
@@ -120,6 +120,7 @@ SELECT set_eq(
     ('user_servers', 'UPDATE', 'config_encrypted enabled name updated_at'),
     ('system_servers', 'SELECT', 'created_at enabled id name rate_limit_per_minute ref_id'),
     ('job_results', 'INSERT', 'idempotency_key job_type max_attempts params priority run_at server_id status timeout_ms tool_name user_id'),
+    ('tool_cache', 'UPDATE', 'enabled'),
     ('api_keys', 'SELECT', 'created_at id last_used_at service updated_at user_id'),
     ('api_gateway_configs', 'SELECT', 'base_url created_at id updated_at user_id'),
     ('user_settings', 'SELECT', 'allow_gateway_fallback created_at updated_at user_id'),
@@ -133,7 +134,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|rate_limit|^resolve_provider$' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|rate_limit|^resolve_provider$|^refresh_expired' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
@@ -163,6 +164,20 @@ SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', st
     'INSERT INTO circuit_breakers (host, worker, state, failures, probe_at, error) VALUES (''h:80'', 0, ''open'', 5, now(), ''e'')',
     'UPDATE circuit_breakers SET state = ''open''',
     'DELETE FROM circuit_breakers',
+    'INSERT INTO tool_cache (server_ref_id, server_type, user_id, tool_name, namespaced_name) VALUES (gen_random_uuid(), ''user'', nexus_hub_uid(), ''t'', ''s__t'')',
+    'UPDATE tool_cache SET description = ''d''',
+    'UPDATE tool_cache SET user_id = user_id',
+    'DELETE FROM tool_cache',
+    'INSERT INTO resource_cache (server_ref_id, server_type, user_id, uri) VALUES (gen_random_uuid(), ''user'', nexus_hub_uid(), ''u'')',
+    'UPDATE resource_cache SET name = ''n''',
+    'DELETE FROM resource_cache',
+    'INSERT INTO prompt_cache (server_ref_id, server_type, user_id, prompt_name, namespaced_name) VALUES (gen_random_uuid(), ''user'', nexus_hub_uid(), ''p'', ''s__p'')',
+    'UPDATE prompt_cache SET title = ''t''',
+    'DELETE FROM prompt_cache',
+    'INSERT INTO server_syncs (server_ref_id, server_type, user_id, server_id) VALUES (gen_random_uuid(), ''user'', nexus_hub_uid(), ''s'')',
+    'UPDATE server_syncs SET tries = 0',
+    'DELETE FROM server_syncs',
+    'INSERT INTO job_results (user_id, job_type, server_id) VALUES (nexus_hub_uid(), ''server_sync'', ''s'')',
     'SELECT api_key_encrypted FROM api_keys',
     'SELECT * FROM api_keys',
     'SELECT id FROM api_keys WHERE api_key_encrypted IS NOT NULL',
@@ -202,7 +217,7 @@ SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
        WHERE nspname <> '_nexus_hub' AND has_table_privilege('service_role', oid, privilege)$$,
-    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings', 'rate_limit_exemptions', 'rate_limit_overrides']) AS relname,
+    $$SELECT relname, privilege FROM unnest(ARRAY['system_servers', 'user_servers', 'job_results', 'api_keys', 'api_gateway_configs', 'user_settings', 'tool_cache', 'resource_cache', 'prompt_cache', 'server_syncs', 'rate_limit_exemptions', 'rate_limit_overrides']) AS relname,
                                      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
       UNION ALL VALUES ('job_attempts', 'SELECT'), ('circuit_breakers', 'SELECT'), ('vault_keys', 'SELECT'),
                        ('vault_columns', 'SELECT'), ('vault_rotation', 'SELECT'), ('vault_rotation_errors', 'SELECT'),

@@ -38,6 +38,8 @@ SELECT set_eq(
     ('cleanup_vault_audit', 'p_days integer DEFAULT 90', 'integer'),
     ('nexus_hub_health', '', 'jsonb'),
     ('nexus_hub_metrics', '', 'nexus_hub_media_types."text/plain"'),
+    ('sync_server', 'p_server_ref_id uuid', 'uuid'),
+    ('refresh_expired_cache_entries', '', 'TABLE(server_ref_id uuid, server_type text, user_id uuid)'),
     ('cleanup_old_job_results', '', 'integer'),
     ('cleanup_job_results_manual', 'p_days_completed integer DEFAULT 7, p_days_orphaned integer DEFAULT 1', 'TABLE(deleted_completed integer, deleted_orphaned integer, total_deleted integer)'),
     ('cleanup_rate_limit_tracking', 'p_days integer DEFAULT 1', 'integer'),
@@ -168,6 +170,61 @@ SELECT set_has(
     ('rate_limit_overrides', 'user_id', 'uuid', NULL),
     ('rate_limit_overrides', 'request_limit', 'integer', NULL),
     ('rate_limit_overrides', 'created_at', 'timestamp with time zone', 'now()'),
+    ('tool_cache', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('tool_cache', 'server_ref_id', 'uuid', NULL),
+    ('tool_cache', 'server_type', 'text', NULL),
+    ('tool_cache', 'user_id', 'uuid', NULL),
+    ('tool_cache', 'tool_name', 'text', NULL),
+    ('tool_cache', 'namespaced_name', 'text', NULL),
+    ('tool_cache', 'title', 'text', NULL),
+    ('tool_cache', 'description', 'text', NULL),
+    ('tool_cache', 'input_schema', 'jsonb', '''{"type": "object"}''::jsonb'),
+    ('tool_cache', 'enabled', 'boolean', 'true'),
+    ('tool_cache', 'definition', 'jsonb', '''{}''::jsonb'),
+    ('tool_cache', 'created_at', 'timestamp with time zone', 'now()'),
+    ('tool_cache', 'changed_at', 'timestamp with time zone', 'now()'),
+    ('tool_cache', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('tool_cache', 'expires_at', 'timestamp with time zone', '(now() + ''24:00:00''::interval)'),
+    ('resource_cache', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('resource_cache', 'server_ref_id', 'uuid', NULL),
+    ('resource_cache', 'server_type', 'text', NULL),
+    ('resource_cache', 'user_id', 'uuid', NULL),
+    ('resource_cache', 'uri', 'text', NULL),
+    ('resource_cache', 'is_template', 'boolean', 'false'),
+    ('resource_cache', 'name', 'text', NULL),
+    ('resource_cache', 'title', 'text', NULL),
+    ('resource_cache', 'description', 'text', NULL),
+    ('resource_cache', 'mime_type', 'text', NULL),
+    ('resource_cache', 'definition', 'jsonb', '''{}''::jsonb'),
+    ('resource_cache', 'created_at', 'timestamp with time zone', 'now()'),
+    ('resource_cache', 'changed_at', 'timestamp with time zone', 'now()'),
+    ('resource_cache', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('resource_cache', 'expires_at', 'timestamp with time zone', '(now() + ''24:00:00''::interval)'),
+    ('prompt_cache', 'id', 'uuid', '_nexus_hub.uuid_v7()'),
+    ('prompt_cache', 'server_ref_id', 'uuid', NULL),
+    ('prompt_cache', 'server_type', 'text', NULL),
+    ('prompt_cache', 'user_id', 'uuid', NULL),
+    ('prompt_cache', 'prompt_name', 'text', NULL),
+    ('prompt_cache', 'namespaced_name', 'text', NULL),
+    ('prompt_cache', 'title', 'text', NULL),
+    ('prompt_cache', 'description', 'text', NULL),
+    ('prompt_cache', 'arguments', 'jsonb', '''[]''::jsonb'),
+    ('prompt_cache', 'definition', 'jsonb', '''{}''::jsonb'),
+    ('prompt_cache', 'created_at', 'timestamp with time zone', 'now()'),
+    ('prompt_cache', 'changed_at', 'timestamp with time zone', 'now()'),
+    ('prompt_cache', 'updated_at', 'timestamp with time zone', 'now()'),
+    ('prompt_cache', 'expires_at', 'timestamp with time zone', '(now() + ''24:00:00''::interval)'),
+    ('server_syncs', 'server_ref_id', 'uuid', NULL),
+    ('server_syncs', 'server_type', 'text', NULL),
+    ('server_syncs', 'user_id', 'uuid', NULL),
+    ('server_syncs', 'server_id', 'text', NULL),
+    ('server_syncs', 'job_id', 'uuid', NULL),
+    ('server_syncs', 'requested_at', 'timestamp with time zone', 'now()'),
+    ('server_syncs', 'tries', 'integer', '0'),
+    ('server_syncs', 'synced_at', 'timestamp with time zone', NULL),
+    ('server_syncs', 'expires_at', 'timestamp with time zone', NULL),
+    ('server_syncs', 'failed_at', 'timestamp with time zone', NULL),
+    ('server_syncs', 'error', 'text', NULL),
     ('nexus_hub_alerts', 'name', 'text', NULL),
     ('nexus_hub_alerts', 'severity', 'text', NULL),
     ('nexus_hub_alerts', 'value', 'double precision', NULL),
@@ -186,6 +243,16 @@ SELECT col_is_unique(:'schema', 'user_servers', ARRAY['user_id', 'server_id'], '
 SELECT col_is_pk(:'schema', 'job_results', 'id', 'job_results is keyed by id');
 SELECT col_is_pk(:'schema', 'job_attempts', 'id', 'job_attempts is keyed by id');
 SELECT col_is_pk(:'schema', 'circuit_breakers', ARRAY['host', 'worker'], 'circuit_breakers is keyed by host and worker');
+SELECT col_is_pk(:'schema', 'tool_cache', 'id', 'tool_cache is keyed by id');
+SELECT col_is_pk(:'schema', 'resource_cache', 'id', 'resource_cache is keyed by id');
+SELECT col_is_pk(:'schema', 'prompt_cache', 'id', 'prompt_cache is keyed by id');
+SELECT col_is_pk(:'schema', 'server_syncs', 'server_ref_id', 'server_syncs is keyed by the server');
+SELECT col_is_unique(:'schema', 'tool_cache', ARRAY['server_ref_id', 'tool_name'], 'a server has a tool once');
+SELECT col_is_unique(:'schema', 'resource_cache', ARRAY['server_ref_id', 'uri', 'is_template'], 'and a resource, and a template');
+SELECT col_is_unique(:'schema', 'prompt_cache', ARRAY['server_ref_id', 'prompt_name'], 'and a prompt');
+SELECT has_index(:'schema', 'tool_cache', 'idx_tool_cache_expires', 'expires_at', 'expired tools are found by an index');
+SELECT has_index(:'schema', 'resource_cache', 'idx_resource_cache_expires', 'expires_at', 'and expired resources');
+SELECT has_index(:'schema', 'prompt_cache', 'idx_prompt_cache_expires', 'expires_at', 'and expired prompts');
 SELECT col_is_pk(:'schema', 'api_keys', 'id', 'api_keys is keyed by id');
 SELECT col_is_pk(:'schema', 'api_gateway_configs', 'id', 'api_gateway_configs is keyed by id');
 SELECT col_is_pk(:'schema', 'user_settings', 'user_id', 'user_settings is keyed by user_id');
@@ -197,7 +264,7 @@ SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L
 SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
-    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'), ('nexus_hub_health', 'v'), ('nexus_hub_metrics', 'v'), ('cleanup_old_job_results', 'v'), ('cleanup_job_results_manual', 'v'), ('cleanup_rate_limit_tracking', 'v'),
+    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'), ('nexus_hub_health', 'v'), ('nexus_hub_metrics', 'v'), ('sync_server', 'v'), ('refresh_expired_cache_entries', 'v'), ('cleanup_old_job_results', 'v'), ('cleanup_job_results_manual', 'v'), ('cleanup_rate_limit_tracking', 'v'),
     ('start_vault_rotation', 'v'), ('pause_vault_rotation', 'v'), ('resume_vault_rotation', 'v'), ('register_vault_column', 'v'), ('unregister_vault_column', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('create_secret', 'v'), ('update_secret', 'v'), ('delete_secret', 'v'), ('list_secrets', 's'),

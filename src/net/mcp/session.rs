@@ -7,7 +7,7 @@ use crate::net::failure::{Failure, words};
 use crate::net::outbound::Outbound;
 use crate::net::runtime::Limits;
 use reqwest::header::{HeaderName, HeaderValue};
-use rmcp::model::{ClientCapabilities, ClientConfig, Implementation, ProtocolVersion};
+use rmcp::model::{ClientCapabilities, ClientConfig, Implementation, ProtocolVersion, ServerCapabilities};
 use rmcp::service::{ClientInitializeError, ClientLifecycleMode, ClientServiceExt, Peer, RoleClient, RunningService};
 use rmcp::transport::StreamableHttpClientTransport;
 use rmcp::transport::streamable_http_client::StreamableHttpClientTransportConfig;
@@ -28,6 +28,11 @@ impl Session {
     /// The handle to call the server.
     pub fn peer(&self) -> &Peer<RoleClient> {
         self.service.peer()
+    }
+
+    /// What the server says it has.
+    pub fn capabilities(&self) -> ServerCapabilities {
+        self.peer().peer_info().map(|info| info.capabilities.clone()).unwrap_or_default()
     }
 
     fn is_alive(&self) -> bool {
@@ -77,6 +82,11 @@ pub struct Sessions {
 impl Sessions {
     pub fn new(outbound: Arc<Outbound>, limits: Arc<Limits>) -> Self {
         Self { outbound, limits, sessions: Mutex::default() }
+    }
+
+    /// Bytes that an answer may have.
+    pub fn max_response_bytes(&self) -> usize {
+        self.limits.max_response_bytes()
     }
 
     /// The session with a server; opened when there is none that lives.

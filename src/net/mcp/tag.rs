@@ -32,6 +32,8 @@ impl Noted {
 #[derive(Clone, Debug)]
 pub struct CallTag {
     pub job: Uuid,
+    /// Whether the job makes other requests than this one, so that its id tells none of them apart.
+    pub is_one_of_many: bool,
     /// What the arguments' stand-in is to be replaced by.
     pub arguments: Option<Arc<str>>,
     pub noted: Noted,
@@ -41,7 +43,13 @@ pub struct CallTag {
 
 impl CallTag {
     pub fn new(job: Uuid, arguments: Option<String>) -> Self {
-        Self { job, arguments: arguments.map(Arc::from), noted: Noted::default(), held: Held::default() }
+        let (noted, held) = (Noted::default(), Held::default());
+        Self { job, is_one_of_many: false, arguments: arguments.map(Arc::from), noted, held }
+    }
+
+    /// That of one of several requests, whose answers are given memory together.
+    pub fn one_of_many(job: Uuid, held: Held) -> Self {
+        Self { is_one_of_many: true, held, ..Self::new(job, None) }
     }
 
     /// Waits for the transport to note a failure.

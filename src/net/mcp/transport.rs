@@ -317,7 +317,8 @@ impl StreamableHttpClient for Transport {
     ) -> Result<StreamableHttpPostResponse, Failed> {
         let mut request = request(Method::POST, &uri, session_id.as_deref(), custom_headers)?;
         request.headers_mut().insert(ACCEPT, HeaderValue::from_static(ACCEPTED_KINDS));
-        if let Some(key) = call_tag(&message).and_then(|tag| HeaderValue::from_str(&tag.job.to_string()).ok()) {
+        let key = call_tag(&message).filter(|tag| !tag.is_one_of_many);
+        if let Some(key) = key.and_then(|tag| HeaderValue::from_str(&tag.job.to_string()).ok()) {
             request.headers_mut().insert(IDEMPOTENCY_KEY, key);
         }
         let result = self.post(request, &message, session_id.is_some()).await;

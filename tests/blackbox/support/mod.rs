@@ -12,7 +12,7 @@ pub use cluster::{Cluster, Database, shared};
 pub use postgrest::{PostgRest, bearer};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub use prometheus::Prometheus;
-pub use server::{Answer, EverythingServer, FakeServer, Gate, McpServer, RawServer, read_request};
+pub use server::{Answer, EverythingServer, FakeServer, Gate, McpServer, RawServer, TOKEN, read_request};
 
 use postgres::Client;
 use serde_json::Value;

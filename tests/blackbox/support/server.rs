@@ -157,7 +157,9 @@ fn serve(mut stream: TcpStream, seen: &Mutex<Vec<String>>, answer: &(impl Fn(&st
             head.push_str(&format!("{name}: {value}\r\n"));
         }
         head.push_str("\r\n");
-        if stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&answer.body)).is_err() {
+        // In one piece, or the second would wait for the first to be acknowledged.
+        let bytes = [head.as_bytes(), &answer.body].concat();
+        if stream.write_all(&bytes).is_err() {
             return;
         }
     }
