@@ -152,6 +152,16 @@ CREATE INDEX resource_cache_user ON @extschema@.resource_cache (user_id);
 CREATE INDEX prompt_cache_user ON @extschema@.prompt_cache (user_id);
 CREATE INDEX server_syncs_user ON @extschema@.server_syncs (user_id);
 
+-- Or a sync could write what the dump brings, too.
+CREATE TRIGGER tool_cache_note_restore BEFORE INSERT ON @extschema@.tool_cache
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.note_restore();
+CREATE TRIGGER resource_cache_note_restore BEFORE INSERT ON @extschema@.resource_cache
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.note_restore();
+CREATE TRIGGER prompt_cache_note_restore BEFORE INSERT ON @extschema@.prompt_cache
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.note_restore();
+CREATE TRIGGER server_syncs_note_restore BEFORE INSERT ON @extschema@.server_syncs
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.note_restore();
+
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.tool_cache', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.resource_cache', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.prompt_cache', '');

@@ -159,7 +159,7 @@ COMMENT ON FUNCTION _nexus_hub.job_situation() IS 'How the job tables stand. Cou
 
 CREATE FUNCTION _nexus_hub.situation(
     OUT is_preloaded boolean, OUT is_standby boolean, OUT is_enabled boolean, OUT missing_workers integer, OUT stuck_workers integer,
-    OUT are_tables_locked boolean,
+    OUT are_tables_locked boolean, OUT restoring_sessions bigint,
     OUT pending bigint, OUT scheduled bigint, OUT running bigint, OUT oldest_pending_seconds double precision, OUT stuck_jobs bigint,
     OUT ended_last_hour bigint, OUT failed_last_hour bigint, OUT failure_rate double precision, OUT denied_last_hour bigint, OUT open_hosts bigint,
     OUT table_rows bigint, OUT vault_problem text, OUT vault_uses bigint,
@@ -182,6 +182,10 @@ BEGIN
         -- It has none, and is to have none.
         missing_workers := 0;
     END IF;
+    SELECT count(*) INTO restoring_sessions
+      FROM pg_locks l
+     WHERE l.locktype = 'advisory' AND l.classid = 'pg_extension'::regclass AND l.objid = 0 AND l.objsubid = 3 AND l.mode = 'ShareLock'
+       AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
     are_tables_locked := false;
     BEGIN
         SELECT j.pending, j.scheduled, j.running, j.oldest_pending_seconds, j.stuck_jobs, j.ended_last_hour, j.failed_last_hour,
@@ -213,7 +217,7 @@ BEGIN ATOMIC
     SELECT a.name, a.severity, a.value, a.threshold, a.value > a.threshold, a.description
       FROM jsonb_to_record(p_situation) AS s (
                is_preloaded boolean, is_standby boolean, is_enabled boolean, missing_workers integer, stuck_workers integer,
-               are_tables_locked boolean, pending bigint, oldest_pending_seconds double precision, stuck_jobs bigint, failure_rate double precision,
+               are_tables_locked boolean, restoring_sessions bigint, pending bigint, oldest_pending_seconds double precision, stuck_jobs bigint, failure_rate double precision,
                table_rows bigint, denied_last_hour bigint, open_hosts bigint, vault_problem text, vault_uses bigint, rate_violators bigint,
                cache_expired_share double precision)
      CROSS JOIN LATERAL (VALUES
@@ -228,6 +232,8 @@ BEGIN ATOMIC
             coalesce(s.vault_problem, 'the vault''s keys cannot be used')),
         ('jobs_disabled', 'warning', (NOT s.is_enabled AND NOT s.is_standby)::integer, 0,
             'nexus_hub.enabled is off: jobs stay pending'),
+        ('restoring', 'warning', coalesce(s.restoring_sessions, 0), 0,
+            'sessions that load a dump are there, and jobs wait until they end: pg_locks has their pids, with locktype advisory and objsubid 3'),
         ('oldest_pending_age', 'warning', coalesce(s.oldest_pending_seconds, 0), 300,
             'a job has been due for so many seconds: look at circuit_breakers, rate limits, and nexus_hub.max_in_flight'),
         ('stuck_jobs', 'warning', coalesce(s.stuck_jobs, 0), 0,

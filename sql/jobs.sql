@@ -195,6 +195,15 @@ CREATE FUNCTION _nexus_hub.wake_on_change() RETURNS trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'wake_on_change_wrapper';
 COMMENT ON FUNCTION _nexus_hub.wake_on_change() IS 'Trigger: wakes the worker of this database when the transaction commits.';
 
+CREATE FUNCTION _nexus_hub.note_restore() RETURNS trigger
+LANGUAGE c AS 'MODULE_PATHNAME', 'note_restore_wrapper';
+COMMENT ON FUNCTION _nexus_hub.note_restore() IS
+    'Trigger: a session that loads a dump is known from its first row on, and the worker takes no job until it ends. wake_on_change does the same.';
+CREATE TRIGGER system_servers_note_restore BEFORE INSERT ON @extschema@.system_servers
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.note_restore();
+CREATE TRIGGER user_servers_note_restore BEFORE INSERT ON @extschema@.user_servers
+    FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.note_restore();
+
 CREATE TRIGGER job_results_wake_insert AFTER INSERT ON @extschema@.job_results
     FOR EACH STATEMENT EXECUTE FUNCTION _nexus_hub.wake_on_change();
 CREATE TRIGGER job_results_wake_update AFTER UPDATE OF status, run_at, priority ON @extschema@.job_results

@@ -6,7 +6,7 @@ use crate::domain::job::{self, JobType, Misfit, Names, Options};
 use crate::net::endpoint;
 use crate::net::http::HttpCall;
 use crate::pg::error::{ErrorReport, Kind, error, not_preloaded};
-use crate::pg::{bgworker, shmem, snapshot, xact};
+use crate::pg::{bgworker, restore, shmem, snapshot, xact};
 use crate::servers;
 use pgrx::prelude::*;
 use std::cell::Cell;
@@ -161,6 +161,7 @@ fn wake_on_change<'a>(
     if shmem::preloaded() {
         let is_insert = matches!(trigger.op(), Ok(PgTriggerOperation::Insert));
         if is_insert {
+            restore::note();
             xact::wake_worker_at_commit();
         } else if !bgworker::is_own_worker() {
             // A running job may be among those that were changed.
@@ -169,6 +170,15 @@ fn wake_on_change<'a>(
     } else {
         warn_not_preloaded();
     }
+    Ok(None::<PgHeapTuple<'a, pgrx::pgbox::AllocatedByRust>>)
+}
+
+/// Makes known that the session loads a dump, if it does.
+#[pg_trigger(sql = false)]
+fn note_restore<'a>(
+    _trigger: &'a pgrx::PgTrigger<'a>,
+) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, ErrorReport> {
+    restore::note();
     Ok(None::<PgHeapTuple<'a, pgrx::pgbox::AllocatedByRust>>)
 }
 

@@ -15,6 +15,7 @@ pub mod plaintext;
 pub mod process;
 pub mod quick_call;
 pub mod random;
+pub mod restore;
 pub mod shmem;
 pub mod snapshot;
 pub mod timeout;

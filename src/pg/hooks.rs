@@ -1,6 +1,6 @@
 //! A look at utility statements: some need the worker of a database gone before they can run, some make it useless.
 
-use super::{catalog, shmem, xact};
+use super::{catalog, restore, shmem, xact};
 use pgrx::prelude::*;
 use std::ffi::CStr;
 
@@ -66,6 +66,12 @@ unsafe extern "C-unwind" fn look_at(parse_tree: *mut pg_sys::Node) {
         // The worker looks whether the extension is still there; if not, it ends. An abort forgets the nudge.
         if may_drop_extension(parse_tree) && catalog_is_reachable() {
             xact::nudge_worker_at_commit();
+        }
+        if (*parse_tree).type_ == pg_sys::NodeTag::T_CreateExtensionStmt
+            && CStr::from_ptr((*parse_tree.cast::<pg_sys::CreateExtensionStmt>()).extname) == c"nexus_hub"
+            && catalog_is_reachable()
+        {
+            restore::note();
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::cache;
 use crate::domain::metrics::Counter;
 use crate::pg::guc::Executor;
 use crate::pg::shmem::counters;
-use crate::pg::{catalog, transaction};
+use crate::pg::{catalog, restore, transaction};
 use pgrx::prelude::*;
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,8 @@ impl Worker {
         }
         let (extension, caching) = (self.extension, self.settings.caching);
         let done = transaction::run(c"nexus_hub: looking for what is to be synced", || {
-            if !catalog::hold_extension(extension) {
+            // Of what a dump holds, this may not be there yet.
+            if !catalog::hold_extension(extension) || restore::is_under_way() {
                 return Ok(0);
             }
             cache::refresh(caching).map_err(|problem| problem.to_string())

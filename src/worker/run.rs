@@ -62,6 +62,8 @@ pub struct Worker {
     /// in flight, or after a while.
     pub outdated: bool,
     pub draining_since: Option<Instant>,
+    /// Somebody loads a dump: no jobs before it is looked again whether that is over.
+    pub restoring_until: Option<Instant>,
     pub schedule: Schedule,
     pub feed: Feed,
     /// Jobs that the network thread has, by the leases they were claimed under.
@@ -206,7 +208,7 @@ impl Worker {
         self.take_wakes();
         let record_at = self.record_at();
         let now = Instant::now();
-        let may_claim = self.settings.enabled && !self.outdated;
+        let may_claim = self.may_claim();
         let is_feed_due = || self.feed.is_due(&self.schedule, self.schedule.room() > 0, now);
         let busy = self.outcomes_due
             || self.look_due
@@ -239,11 +241,17 @@ impl Worker {
                 .chain(self.limits_due())
                 .chain(self.prune_at())
                 .chain(self.refresh_at())
+                .chain(self.restoring_until)
                 .min()
                 .unwrap_or(now);
             next.saturating_duration_since(now)
         };
         self.waiter.wait(time);
+    }
+
+    /// Whether it takes jobs at all.
+    pub fn may_claim(&self) -> bool {
+        self.settings.enabled && !self.outdated && self.restoring_until.is_none()
     }
 
     fn take_settings(&mut self) {

@@ -109,6 +109,7 @@ pub fn main(slot: usize) -> i32 {
         outdated: settings.workers != place.of,
         recorder: Recorder::new(now),
         draining_since: None,
+        restoring_until: None,
         schedule: Schedule::new(caps(&settings), rules(&settings), Box::new(SharedMeter)),
         feed: Feed::new(now),
         in_flight: HashMap::new(),

@@ -16,7 +16,7 @@ use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
 use crate::pg::shmem::counters;
 use crate::pg::transaction::Durability;
-use crate::pg::{bgworker, catalog, shmem, transaction};
+use crate::pg::{bgworker, catalog, restore, shmem, transaction};
 use crate::rate_limit;
 use crate::vault::online;
 use pgrx::prelude::*;
@@ -30,6 +30,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(200);
 const MAX_FAILURES: u32 = 20;
 /// How long rows are locked one by one after somebody was found to keep one locked.
 const CAREFUL_TIME: Duration = Duration::from_secs(10);
+/// How often it is looked whether somebody who loads a dump has come to its end.
+const RESTORE_LOOK: Duration = Duration::from_secs(1);
 /// Polls after the last work at which memory is given back.
 const TRIMS: u32 = 12;
 /// Lanes whose servers' configs a poll looks up again.
@@ -57,6 +59,8 @@ pub struct Done {
     held_back: HashMap<u128, Duration>,
     /// Jobs in flight that are no longer to be run.
     lost: Vec<Claim>,
+    /// Somebody loads a dump: what was picked is not claimed.
+    is_restoring: bool,
 }
 
 /// A job that was claimed.
@@ -79,9 +83,10 @@ impl Worker {
             return Ok(Step::Done(Done::default()));
         }
         let poll = now >= self.next_poll;
+        self.restoring_until.take_if(|at| now >= *at);
         let batch = self.backlog.batch(now);
         // After a failure outcomes come first, so that it is known which part fails.
-        let may_claim = self.settings.enabled && !self.outdated && (self.failures == 0 || batch.is_empty());
+        let may_claim = self.may_claim() && (self.failures == 0 || batch.is_empty());
         let limit = if may_claim { self.settings.batch_size } else { 0 };
         // The poll looks at everything.
         if poll {
@@ -172,7 +177,8 @@ impl Worker {
                 if ask_due || (picks.is_empty() && feed.look_for_due_at(true).is_some()) {
                     feed.look_for_due(queue)?;
                 }
-                if !picks.is_empty() {
+                done.is_restoring = !picks.is_empty() && restore::is_under_way();
+                if !picks.is_empty() && !done.is_restoring {
                     let jobs: Vec<_> = picks.iter().map(|pick| pick.position.id).collect();
                     done.claimed = queue.claim(lease, &jobs, careful)?;
                     if edge.is_none() {
@@ -234,6 +240,12 @@ impl Worker {
                 self.net.cancel(claim.0, claim.1);
                 self.schedule.finished(running.lane, running.counted, claim.0.as_u128(), &Reach::Unknown, now);
             }
+        }
+        if done.is_restoring {
+            let picks = std::mem::take(&mut self.picks);
+            self.schedule.put_back(picks, now);
+            self.restoring_until = Some(now + RESTORE_LOOK);
+            return;
         }
         let (held_back, picks): (Vec<_>, Vec<_>) = std::mem::take(&mut self.picks)
             .into_iter()

@@ -32,6 +32,61 @@ fn a_dump_brings_back_all_rows_and_a_running_worker() {
     run_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"})).completed();
 }
 
+/// Loads a dump piece by piece, and stops in front of a line that begins so.
+fn load(psql: &mut std::process::ChildStdin, rest: &mut &str, until: &str) {
+    use std::io::Write;
+    let end = rest.find(until).unwrap_or_else(|| panic!("no {until}"));
+    let (piece, others) = rest.split_at(end);
+    psql.write_all(piece.as_bytes()).and_then(|()| psql.flush()).expect("psql");
+    *rest = others;
+}
+
+fn loops(client: &mut postgres::Client) -> f64 {
+    let page: String = value(client, "SELECT nexus_hub_metrics()::text");
+    let line = page.lines().find_map(|line| line.strip_prefix("nexus_hub_worker_loops_total "));
+    line.and_then(|count| count.parse().ok()).unwrap_or_default()
+}
+
+#[test]
+fn jobs_of_a_dump_wait_until_all_of_it_is_loaded() {
+    const SWIFT: &str = "nexus_hub.poll_interval = 100";
+    let cluster = Cluster::start(&[SWIFT, "nexus_hub.enabled = off"]);
+    let source = cluster.database();
+    let mut client = source.connect();
+    let server = McpServer::start(&[]);
+    add_server(&mut client, "demo", server.config());
+    create_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"}));
+    let dump = source.dump();
+    cluster.configure(&[SWIFT]);
+    cluster.pg_ctl(&["reload"]);
+    let restored = cluster.empty_database();
+    let mut psql = Command::new("psql")
+        .args(["-q", "-v", "ON_ERROR_STOP=1", "-d", &restored.name])
+        .envs(cluster.environment())
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("psql");
+    let mut stdin = psql.stdin.take().expect("piped");
+    let mut rest = dump.as_str();
+    load(&mut stdin, &mut rest, "COPY public.user_servers");
+    let mut client = restored.connect();
+    wait_until("the job is there", || {
+        client.query_one("SELECT count(*) FROM job_results", &[]).is_ok_and(|row| row.get::<_, i64>(0) == 1)
+    });
+    restored.wait_for_worker();
+    let before = loops(&mut client);
+    wait_until("the worker has looked", || loops(&mut client) > before + 5.0);
+    assert_eq!(count_jobs(&mut client, "pending"), 1, "its server is not there yet");
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM user_servers"), 0);
+    assert!(value::<bool>(&mut client, "SELECT firing FROM nexus_hub_alerts WHERE name = 'restoring'"));
+    std::io::Write::write_all(&mut stdin, rest.as_bytes()).expect("psql");
+    drop(stdin);
+    assert!(psql.wait().expect("psql").success());
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 1);
+    assert!(!value::<bool>(&mut client, "SELECT firing FROM nexus_hub_alerts WHERE name = 'restoring'"));
+}
+
 #[test]
 fn a_running_job_that_comes_with_a_dump_is_run_again() {
     let cluster = Cluster::start(&["nexus_hub.poll_interval = 200"]);

@@ -22,7 +22,7 @@ $$;
 
 SELECT set_eq('SELECT name, severity, threshold FROM nexus_hub_alerts',
     $$VALUES ('worker_down', 'critical', 0::double precision), ('worker_stuck', 'critical', 0), ('tables_locked', 'critical', 0), ('vault_key_unusable', 'critical', 0),
-             ('jobs_disabled', 'warning', 0), ('oldest_pending_age', 'warning', 300), ('stuck_jobs', 'warning', 0), ('job_failure_rate', 'warning', 0.1),
+             ('jobs_disabled', 'warning', 0), ('restoring', 'warning', 0), ('oldest_pending_age', 'warning', 300), ('stuck_jobs', 'warning', 0), ('job_failure_rate', 'warning', 0.1),
              ('circuit_breakers_open', 'warning', 0), ('rate_limit_violations', 'warning', 0), ('egress_denials', 'warning', 10), ('cache_expired', 'warning', 0.5),
              ('vault_key_worn', 'warning', 2147483647), ('upgrade_pending', 'warning', 0), ('job_table_size', 'info', 1000000)$$,
     'the alerts are these');
