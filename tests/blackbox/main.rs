@@ -6,6 +6,7 @@ mod cache;
 mod cleanup;
 mod edge;
 mod egress;
+mod guide;
 mod health;
 mod hostile;
 mod http;
