@@ -29,6 +29,8 @@ mod rotation;
 mod secrets;
 mod sql_suites;
 mod storm;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod supabase;
 mod support;
 mod vault;
 mod vault_keys;
