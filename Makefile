@@ -8,6 +8,7 @@ PROFILE ?= dev
 # second time beside the tests' ones; build.rs gives it to the one library that needs it.
 export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND = 1
 export PROFILE
+export RELEASES
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 # Looked up when a recipe runs, because 'setup' may be what installs it.
@@ -42,7 +43,7 @@ psql: ## A shell on the demo's database
 test: ## All tests
 	@.ci/setup test
 	$(pg_env) cargo test --lib $(features)
-	@$(MAKE) --no-print-directory example install
+	@$(MAKE) --no-print-directory example install RELEASES=tests/releases
 	$(pg_env) cargo test --test blackbox $(features)
 
 lint: ## Formatting and clippy, warnings are errors

@@ -230,5 +230,7 @@ GRANT SELECT ON @extschema@.nexus_hub_alerts, @extschema@.system_health_summary 
 
 SELECT _nexus_hub.grant_api();
 
+SELECT _nexus_hub.note_parts();
+
 -- The worker of this database starts when this transaction commits.
 SELECT _nexus_hub.extension_created();

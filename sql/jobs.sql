@@ -55,10 +55,10 @@ CREATE TABLE @extschema@.job_results (
     max_attempts integer,
     attempt integer NOT NULL DEFAULT 0,
     crashes integer NOT NULL DEFAULT 0,
-    failures integer NOT NULL DEFAULT 0,
     idempotency_key text,
     target text GENERATED ALWAYS AS (
         CASE WHEN job_type = 'http_request' THEN _nexus_hub.url_authority(params ->> 'url') ELSE server_id END) STORED,
+    failures integer NOT NULL DEFAULT 0,
     CONSTRAINT job_results_job
         CHECK (_nexus_hub.is_job(job_type, server_id, tool_name, (params ->> 'uri') IS NOT NULL, (params ->> 'url') IS NOT NULL)),
     CONSTRAINT job_results_options
@@ -95,9 +95,9 @@ COMMENT ON COLUMN @extschema@.job_results.timeout_ms IS 'Milliseconds an attempt
 COMMENT ON COLUMN @extschema@.job_results.max_attempts IS 'Attempts that are made at most, 1 to 100. NULL: 5 for http_request, 3 for resource_fetch, prompt_execute and server_sync, 1 for tool_invoke.';
 COMMENT ON COLUMN @extschema@.job_results.attempt IS 'How often the job was started, in crashes of the worker, too.';
 COMMENT ON COLUMN @extschema@.job_results.crashes IS 'How often a worker was gone while it ran the job; these do not count towards max_attempts. At nexus_hub.max_crashes the job is set aside as failed.';
-COMMENT ON COLUMN @extschema@.job_results.failures IS 'How many of the job''s attempts have failed, those before retry_job included: they are in job_attempts.';
 COMMENT ON COLUMN @extschema@.job_results.idempotency_key IS '1 to 255 characters, unique for the user: create_job with the same key gives this job''s id instead of a second job. Not what is sent: that is the job''s id.';
 COMMENT ON COLUMN @extschema@.job_results.target IS 'Where the job goes: the server_id, or the host and port of an http_request''s URL (with the scheme before them where it is not the usual one of the port). Jobs of one target and user wait in one lane.';
+COMMENT ON COLUMN @extschema@.job_results.failures IS 'How many of the job''s attempts have failed, those before retry_job included: they are in job_attempts.';
 
 CREATE INDEX job_results_pending ON @extschema@.job_results (priority, run_at, id) WHERE status = 'pending';
 CREATE INDEX job_results_running ON @extschema@.job_results (lease) WHERE status = 'running';

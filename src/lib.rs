@@ -43,6 +43,7 @@ extension_sql_file!("../sql/cleanup.sql", name = "cleanup", requires = ["request
 extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["cleanup"]);
 extension_sql_file!("../sql/health.sql", name = "health", requires = ["cache", "keys"]);
 extension_sql_file!("../sql/metrics.sql", name = "metrics", requires = ["health"]);
+extension_sql_file!("../sql/backup.sql", name = "backup", requires = ["metrics"]);
 extension_sql_file!("../sql/finalize.sql", name = "finalize", finalize);
 
 /// Called by PostgreSQL when it loads the library.

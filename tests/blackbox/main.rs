@@ -32,6 +32,7 @@ mod storm;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod supabase;
 mod support;
+mod upgrade;
 mod vault;
 mod vault_keys;
 mod worker;

@@ -134,7 +134,7 @@ SELECT is_empty(
 
 SELECT pg_temp.as_role('authenticated');
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call %s', proname))
-  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|rate_limit|^resolve_provider$|^refresh_expired' AND nspname <> '_nexus_hub' ORDER BY proname;
+  FROM extension_function WHERE proname ~ '^(en|de)crypt_|^http_|^rotate_|_vault_|_user_|rate_limit|^resolve_provider$|^refresh_expired|^backup_' AND nspname <> '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(call, '42501', NULL, format('authenticated cannot call _nexus_hub.%s', proname))
   FROM extension_function WHERE nspname = '_nexus_hub' ORDER BY proname;
 SELECT throws_ok(statement, '42501', NULL, format('authenticated cannot: %s', statement))
@@ -208,11 +208,12 @@ RESET ROLE;
 
 SELECT is_empty(
     $$SELECT call FROM extension_function
-       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column', 'cleanup_vault_audit', 'cleanup_rate_limit_tracking') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
-    'service_role may execute every public function but adopt_vault_key, cleanup_vault_audit, cleanup_rate_limit_tracking, and those for tables'' owners');
+       WHERE nspname <> '_nexus_hub' AND proname NOT IN ('adopt_vault_key', 'register_vault_column', 'unregister_vault_column', 'cleanup_vault_audit', 'cleanup_rate_limit_tracking', 'backup_preflight') AND NOT has_function_privilege('service_role', oid, 'EXECUTE')$$,
+    'service_role may execute every public function but adopt_vault_key, cleanup_vault_audit, cleanup_rate_limit_tracking, backup_preflight, and those for tables'' owners');
 SELECT is(has_function_privilege('service_role', format('%I.adopt_vault_key()', :'schema'), 'EXECUTE'), false, 'which is the owner''s alone');
 SELECT is(has_function_privilege('service_role', format('%I.cleanup_vault_audit(integer)', :'schema'), 'EXECUTE'), false, 'and so is that: who is audited cannot erase');
 SELECT is(has_function_privilege('service_role', format('%I.cleanup_rate_limit_tracking(integer)', :'schema'), 'EXECUTE'), false, 'and that');
+SELECT is(has_function_privilege('service_role', format('%I.backup_preflight()', :'schema'), 'EXECUTE'), false, 'and that');
 SELECT set_eq(
     $$SELECT relname::text, privilege
         FROM extension_table, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege

@@ -37,6 +37,7 @@ SELECT set_eq(
     ('adopt_vault_key', '', 'text'),
     ('cleanup_vault_audit', 'p_days integer DEFAULT 90', 'integer'),
     ('nexus_hub_health', '', 'jsonb'),
+    ('backup_preflight', '', 'TABLE(item text, state text, advice text)'),
     ('nexus_hub_metrics', '', 'nexus_hub_media_types."text/plain"'),
     ('sync_server', 'p_server_ref_id uuid', 'uuid'),
     ('refresh_expired_cache_entries', '', 'TABLE(server_ref_id uuid, server_type text, user_id uuid)'),
@@ -264,7 +265,7 @@ SELECT set_eq(format('SELECT a.attname FROM pg_attribute a WHERE a.attrelid = %L
 SELECT set_eq(
     format('SELECT proname::text, provolatile FROM extension_function WHERE nspname = %L', :'schema'),
     $$VALUES
-    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'), ('nexus_hub_health', 'v'), ('nexus_hub_metrics', 'v'), ('sync_server', 'v'), ('refresh_expired_cache_entries', 'v'), ('cleanup_old_job_results', 'v'), ('cleanup_job_results_manual', 'v'), ('cleanup_rate_limit_tracking', 'v'),
+    ('nexus_hub_uid', 's'::"char"), ('encrypt_token', 'v'), ('encrypt_config', 'v'), ('decrypt_token', 's'), ('decrypt_config', 's'), ('rotate_vault_key', 'v'), ('adopt_vault_key', 'v'), ('cleanup_vault_audit', 'v'), ('nexus_hub_health', 'v'), ('backup_preflight', 's'), ('nexus_hub_metrics', 'v'), ('sync_server', 'v'), ('refresh_expired_cache_entries', 'v'), ('cleanup_old_job_results', 'v'), ('cleanup_job_results_manual', 'v'), ('cleanup_rate_limit_tracking', 'v'),
     ('start_vault_rotation', 'v'), ('pause_vault_rotation', 'v'), ('resume_vault_rotation', 'v'), ('register_vault_column', 'v'), ('unregister_vault_column', 'v'),
     ('add_server', 'v'), ('update_server', 'v'), ('delete_server', 'v'), ('list_servers', 's'), ('create_job', 'v'),
     ('create_secret', 'v'), ('update_secret', 'v'), ('delete_secret', 'v'), ('list_secrets', 's'),
