@@ -15,7 +15,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 pg_env = export PGRX_PG_CONFIG_PATH="$$(.ci/pg-config)" && pg="$$(.ci/pg-config --major)" &&
 features = --locked --no-default-features --features "pg$$pg"
 
-.PHONY: help setup build install example demo psql test lint bench stop clean
+.PHONY: help setup build install example demo psql test docs lint bench stop clean
 .NOTPARALLEL:
 
 help: ## This list
@@ -45,6 +45,10 @@ test: ## All tests
 	$(pg_env) cargo test --lib $(features)
 	@$(MAKE) --no-print-directory example install RELEASES=tests/releases
 	$(pg_env) cargo test --test blackbox $(features)
+
+docs: example install ## Write docs/reference.md from the code's own descriptions
+	@.ci/setup test
+	$(pg_env) NEXUS_HUB_WRITE_REFERENCE=1 cargo test --test blackbox $(features) -- reference
 
 lint: ## Formatting and clippy, warnings are errors
 	@.ci/setup lint

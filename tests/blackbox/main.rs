@@ -22,6 +22,7 @@ mod online_rotation;
 mod rate_limits;
 mod realtime;
 // PostgREST's program is for these machines.
+mod reference;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod request_limits;
 mod retries;
