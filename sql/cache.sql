@@ -172,15 +172,15 @@ ALTER TABLE @extschema@.resource_cache ENABLE ROW LEVEL SECURITY;
 ALTER TABLE @extschema@.prompt_cache ENABLE ROW LEVEL SECURITY;
 ALTER TABLE @extschema@.server_syncs ENABLE ROW LEVEL SECURITY;
 
--- Of system servers, those that the user sees: system_servers has a policy of its own.
+-- Of servers that the user sees: these tables have policies of their own.
 CREATE POLICY tool_cache_select ON @extschema@.tool_cache
-    FOR SELECT USING (user_id = (SELECT @extschema@.nexus_hub_uid())
+    FOR SELECT USING ((user_id = (SELECT @extschema@.nexus_hub_uid()) AND server_ref_id IN (SELECT u.id FROM @extschema@.user_servers u))
                       OR (user_id IS NULL AND server_ref_id IN (SELECT s.ref_id FROM @extschema@.system_servers s)));
 CREATE POLICY resource_cache_select ON @extschema@.resource_cache
-    FOR SELECT USING (user_id = (SELECT @extschema@.nexus_hub_uid())
+    FOR SELECT USING ((user_id = (SELECT @extschema@.nexus_hub_uid()) AND server_ref_id IN (SELECT u.id FROM @extschema@.user_servers u))
                       OR (user_id IS NULL AND server_ref_id IN (SELECT s.ref_id FROM @extschema@.system_servers s)));
 CREATE POLICY prompt_cache_select ON @extschema@.prompt_cache
-    FOR SELECT USING (user_id = (SELECT @extschema@.nexus_hub_uid())
+    FOR SELECT USING ((user_id = (SELECT @extschema@.nexus_hub_uid()) AND server_ref_id IN (SELECT u.id FROM @extschema@.user_servers u))
                       OR (user_id IS NULL AND server_ref_id IN (SELECT s.ref_id FROM @extschema@.system_servers s)));
 CREATE POLICY tool_cache_owner_update ON @extschema@.tool_cache
     FOR UPDATE USING (user_id = (SELECT @extschema@.nexus_hub_uid()))
@@ -265,7 +265,13 @@ BEGIN ATOMIC
         SELECT y.user_id, 'server_sync', y.server_id, p_priority::smallint
           FROM @extschema@.server_syncs y
          WHERE y.server_ref_id = p_server_ref_id
-           AND NOT EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = y.job_id AND j.status IN ('pending', 'running'))
+           AND NOT EXISTS (SELECT FROM @extschema@.job_results j
+                            WHERE j.id = y.job_id
+                              -- One that runs asks as the server's config was when it was taken.
+                              AND (j.status = 'pending'
+                                   OR (j.status = 'running'
+                                       AND NOT EXISTS (SELECT FROM @extschema@.user_servers u
+                                                        WHERE u.id = p_server_ref_id AND u.updated_at > j.started_at))))
         RETURNING id)
     UPDATE @extschema@.server_syncs y
        SET job_id = a.id, requested_at = now(), tries = y.tries + 1
@@ -344,7 +350,7 @@ BEGIN ATOMIC
     SELECT _nexus_hub.forget_server(y.server_ref_id)
       FROM (SELECT o.server_ref_id
               FROM @extschema@.server_syncs o
-             WHERE o.expires_at < now() - interval '1 day' AND NOT EXISTS (SELECT FROM _nexus_hub.server(o.server_ref_id))
+             WHERE greatest(o.requested_at, o.synced_at) < now() - interval '1 day' AND NOT EXISTS (SELECT FROM _nexus_hub.server(o.server_ref_id))
              LIMIT p_limit
                FOR UPDATE SKIP LOCKED) AS y;
     WITH expired AS MATERIALIZED (
@@ -356,6 +362,7 @@ BEGIN ATOMIC
            -- What does not go well is tried less and less often.
            AND (y.tries = 0 OR y.requested_at < now() - least(interval '5 minutes' * (2 ^ least(y.tries - 1, 10)), interval '6 hours'))
            AND EXISTS (SELECT FROM _nexus_hub.server(y.server_ref_id) v WHERE v.enabled)
+           AND NOT EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = y.job_id AND j.status IN ('pending', 'running'))
          ORDER BY y.requested_at
          LIMIT p_limit
            FOR UPDATE OF y SKIP LOCKED)
@@ -366,21 +373,38 @@ COMMENT ON FUNCTION _nexus_hub.refresh_due(integer, interval) IS
 
 -- ── Syncs end ──
 
+CREATE VIEW _nexus_hub.server_syncs AS
+    SELECT y.server_ref_id, y.job_id FROM @extschema@.server_syncs y;
+COMMENT ON VIEW _nexus_hub.server_syncs IS 'The table of that name, for the worker.';
+COMMENT ON COLUMN _nexus_hub.server_syncs.server_ref_id IS 'The server.';
+COMMENT ON COLUMN _nexus_hub.server_syncs.job_id IS 'The last sync''s job.';
+
 CREATE FUNCTION _nexus_hub.synced_server(p_job_id uuid, p_lease uuid)
-RETURNS TABLE (server_ref_id uuid, server_type text, user_id uuid, server_id text)
-LANGUAGE sql STABLE
-BEGIN ATOMIC
-    SELECT u.id, 'user'::text, u.user_id, u.server_id
-      FROM @extschema@.job_results j
-      JOIN @extschema@.user_servers u ON u.user_id = j.user_id AND u.server_id = j.server_id
-     WHERE j.id = p_job_id AND j.lease = p_lease AND j.job_type = 'server_sync'
-    UNION ALL
-    SELECT s.ref_id, 'system'::text, NULL::uuid, s.id
-      FROM @extschema@.job_results j
-      JOIN @extschema@.system_servers s ON s.id = j.server_id
-     WHERE j.id = p_job_id AND j.lease = p_lease AND j.job_type = 'server_sync' AND j.user_id IS NULL;
-END;
-COMMENT ON FUNCTION _nexus_hub.synced_server(uuid, uuid) IS 'The server that a sync''s job is about, if it runs under that lease and the server is there.';
+RETURNS TABLE (server_ref_id uuid, server_type text, user_id uuid, server_id text, is_changed boolean)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- Locked, so that it does not go while its entries are written. By its id: another one of the name may be there by now.
+    RETURN QUERY
+    SELECT u.id, 'user'::text, u.user_id, u.server_id, u.updated_at > j.started_at
+      FROM _nexus_hub.job_results j
+      JOIN _nexus_hub.server_syncs y ON y.job_id = j.id
+      JOIN _nexus_hub.user_servers u ON u.id = y.server_ref_id
+     WHERE j.id = p_job_id AND j.lease = p_lease AND u.user_id = j.user_id AND u.server_id = j.server_id
+       FOR KEY SHARE OF u;
+    IF NOT FOUND THEN
+        RETURN QUERY
+        SELECT s.ref_id, 'system'::text, NULL::uuid, s.id, false
+          FROM _nexus_hub.job_results j
+          JOIN _nexus_hub.server_syncs y ON y.job_id = j.id
+          JOIN _nexus_hub.system_servers s ON s.ref_id = y.server_ref_id
+         WHERE j.id = p_job_id AND j.lease = p_lease AND j.user_id IS NULL AND s.id = j.server_id
+           FOR KEY SHARE OF s;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.synced_server(uuid, uuid) IS 'The server that a sync''s job is about, if it runs under that lease, is the server''s last one, and the server is there; and whether it was changed since the job was taken.';
 
 CREATE FUNCTION _nexus_hub.listed(p_list jsonb, p_key text) RETURNS TABLE (name text, definition jsonb)
 LANGUAGE sql IMMUTABLE
@@ -488,12 +512,21 @@ DECLARE
     templates integer;
     prompts integer;
     at constant timestamptz := clock_timestamp();
-    expires_at constant timestamptz := at + make_interval(mins => p_ttl_minutes);
+    expires_at timestamptz := at + make_interval(mins => p_ttl_minutes);
 BEGIN
-    SELECT * INTO v FROM _nexus_hub.synced_server(p_job_id, p_lease);
-    IF NOT FOUND THEN
-        outcome := 'gone';
+    BEGIN
+        SELECT * INTO v FROM _nexus_hub.synced_server(p_job_id, p_lease);
+        IF NOT FOUND THEN
+            outcome := 'gone';
+            RETURN;
+        END IF;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        outcome := 'locked';
         RETURN;
+    END;
+    -- What the server lists now may be something else.
+    IF v.is_changed THEN
+        expires_at := at;
     END IF;
     outcome := 'written';
     BEGIN
@@ -532,7 +565,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.settle_sync(uuid, uuid, text, text, integer) IS
-    'Writes what a sync''s job has found (p_catalogue: a JSON object with the arrays tools, resources, resourceTemplates and prompts), or why it found nothing (p_error), before the job''s end is written. outcome written: answer is the job''s result, if it has one; failed: answer is the job''s error; locked: a session keeps rows locked, and it is to be tried again; gone: the job, or its server, is not there any more.';
+    'Writes what a sync''s job has found (p_catalogue: a JSON object with the arrays tools, resources, resourceTemplates and prompts), or why it found nothing (p_error), before the job''s end is written. outcome written: answer is the job''s result, if it has one; failed: answer is the job''s error; locked: a session keeps rows locked, and it is to be tried again; gone: the job, or its server, is not there any more, or another sync was begun.';
 
 -- ── How the caches stand ──
 
@@ -572,8 +605,11 @@ BEGIN ATOMIC
          -- What nobody keeps fresh, and nobody can call, is no news.
          WHERE EXISTS (SELECT FROM _nexus_hub.server(s.server_ref_id) v WHERE v.enabled))
     SELECT t.entries::bigint, coalesce(t.expired / nullif(t.entries, 0), 0),
-           (SELECT count(*) FROM (SELECT FROM @extschema@.server_syncs y WHERE y.error IS NOT NULL LIMIT 1000) AS f)
+           (SELECT count(*)
+              FROM (SELECT FROM @extschema@.server_syncs y
+                     WHERE y.error IS NOT NULL AND EXISTS (SELECT FROM _nexus_hub.server(y.server_ref_id) v WHERE v.enabled)
+                     LIMIT 1000) AS f)
       FROM total t;
 END;
 COMMENT ON FUNCTION _nexus_hub.cache_situation(integer) IS
-    'Entries in the caches of servers that are enabled, which share of them is expired (0 to 1), and how many servers could not be synced last (1000: or more). Of each table so many pages are looked at, in larger ones at random, and the rest estimated.';
+    'Entries in the caches of servers that are enabled, which share of them is expired (0 to 1), and how many of these servers could not be synced last (1000: or more). Of each table so many pages are looked at, in larger ones at random, and the rest estimated.';

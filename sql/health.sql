@@ -195,7 +195,7 @@ BEGIN
           FROM _nexus_hub.job_situation() j;
         rate_violators := _nexus_hub.rate_violators();
         SELECT c.entries, c.expired_share, c.failing_syncs INTO cache_entries, cache_expired_share, failing_syncs
-          FROM _nexus_hub.cache_situation(1000) c;
+          FROM _nexus_hub.cache_situation(300) c;
         SELECT max(k.uses) INTO vault_uses
           FROM (SELECT sum(n.encrypted_count)::bigint AS uses FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k;
         vault_problem := _nexus_hub.vault_problem();
@@ -233,7 +233,7 @@ BEGIN ATOMIC
         ('jobs_disabled', 'warning', (NOT s.is_enabled AND NOT s.is_standby)::integer, 0,
             'nexus_hub.enabled is off: jobs stay pending'),
         ('restoring', 'warning', coalesce(s.restoring_sessions, 0), 0,
-            'sessions that load a dump are there, and jobs wait until they end: pg_locks has their pids, with locktype advisory and objsubid 3'),
+            'sessions that load a dump are there, and jobs wait until they end: SELECT pid FROM pg_locks WHERE locktype = ''advisory'' AND objsubid = 3 AND mode = ''ShareLock'''),
         ('oldest_pending_age', 'warning', coalesce(s.oldest_pending_seconds, 0), 300,
             'a job has been due for so many seconds: look at circuit_breakers, rate limits, and nexus_hub.max_in_flight'),
         ('stuck_jobs', 'warning', coalesce(s.stuck_jobs, 0), 0,

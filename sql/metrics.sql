@@ -36,13 +36,13 @@ BEGIN
     END IF;
     SELECT count(DISTINCT b.host) INTO unreachable_hosts FROM _nexus_hub.circuit_breakers b;
     SELECT c.entries, c.expired_share, c.failing_syncs INTO cache_entries, cache_expired_share, failing_syncs
-      FROM _nexus_hub.cache_situation(100) c;
+      FROM _nexus_hub.cache_situation(50) c;
     job_bytes := _nexus_hub.job_bytes();
 EXCEPTION WHEN lock_not_available THEN
     NULL;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs and a hundred pages of each cache at most; above that numbers are estimates. NULL: not known, because somebody has the tables locked.';
+COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs and fifty pages of each cache at most; above that numbers are estimates. NULL: not known, because somebody has the tables locked.';
 
 CREATE FUNCTION _nexus_hub.metrics_page() RETURNS text
 LANGUAGE c VOLATILE SECURITY DEFINER

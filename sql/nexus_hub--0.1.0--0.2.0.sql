@@ -3,6 +3,10 @@
 -- As at the install: every name of ours is written with its schema, and others' are not found.
 SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
+-- All at once, in the order in which transactions usually come to them: one after the other, they would get in each other's
+-- way. A short lock_timeout, and another try, spare those who come behind.
+LOCK TABLE @extschema@.system_servers, @extschema@.user_servers, @extschema@.job_results, @extschema@.job_attempts IN ACCESS EXCLUSIVE MODE;
+
 -- ── Jobs ──
 
 ALTER TABLE @extschema@.job_results ADD COLUMN failures integer NOT NULL DEFAULT 0;
@@ -710,15 +714,15 @@ ALTER TABLE @extschema@.resource_cache ENABLE ROW LEVEL SECURITY;
 ALTER TABLE @extschema@.prompt_cache ENABLE ROW LEVEL SECURITY;
 ALTER TABLE @extschema@.server_syncs ENABLE ROW LEVEL SECURITY;
 
--- Of system servers, those that the user sees: system_servers has a policy of its own.
+-- Of servers that the user sees: these tables have policies of their own.
 CREATE POLICY tool_cache_select ON @extschema@.tool_cache
-    FOR SELECT USING (user_id = (SELECT @extschema@.nexus_hub_uid())
+    FOR SELECT USING ((user_id = (SELECT @extschema@.nexus_hub_uid()) AND server_ref_id IN (SELECT u.id FROM @extschema@.user_servers u))
                       OR (user_id IS NULL AND server_ref_id IN (SELECT s.ref_id FROM @extschema@.system_servers s)));
 CREATE POLICY resource_cache_select ON @extschema@.resource_cache
-    FOR SELECT USING (user_id = (SELECT @extschema@.nexus_hub_uid())
+    FOR SELECT USING ((user_id = (SELECT @extschema@.nexus_hub_uid()) AND server_ref_id IN (SELECT u.id FROM @extschema@.user_servers u))
                       OR (user_id IS NULL AND server_ref_id IN (SELECT s.ref_id FROM @extschema@.system_servers s)));
 CREATE POLICY prompt_cache_select ON @extschema@.prompt_cache
-    FOR SELECT USING (user_id = (SELECT @extschema@.nexus_hub_uid())
+    FOR SELECT USING ((user_id = (SELECT @extschema@.nexus_hub_uid()) AND server_ref_id IN (SELECT u.id FROM @extschema@.user_servers u))
                       OR (user_id IS NULL AND server_ref_id IN (SELECT s.ref_id FROM @extschema@.system_servers s)));
 CREATE POLICY tool_cache_owner_update ON @extschema@.tool_cache
     FOR UPDATE USING (user_id = (SELECT @extschema@.nexus_hub_uid()))
@@ -803,7 +807,13 @@ BEGIN ATOMIC
         SELECT y.user_id, 'server_sync', y.server_id, p_priority::smallint
           FROM @extschema@.server_syncs y
          WHERE y.server_ref_id = p_server_ref_id
-           AND NOT EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = y.job_id AND j.status IN ('pending', 'running'))
+           AND NOT EXISTS (SELECT FROM @extschema@.job_results j
+                            WHERE j.id = y.job_id
+                              -- One that runs asks as the server's config was when it was taken.
+                              AND (j.status = 'pending'
+                                   OR (j.status = 'running'
+                                       AND NOT EXISTS (SELECT FROM @extschema@.user_servers u
+                                                        WHERE u.id = p_server_ref_id AND u.updated_at > j.started_at))))
         RETURNING id)
     UPDATE @extschema@.server_syncs y
        SET job_id = a.id, requested_at = now(), tries = y.tries + 1
@@ -882,7 +892,7 @@ BEGIN ATOMIC
     SELECT _nexus_hub.forget_server(y.server_ref_id)
       FROM (SELECT o.server_ref_id
               FROM @extschema@.server_syncs o
-             WHERE o.expires_at < now() - interval '1 day' AND NOT EXISTS (SELECT FROM _nexus_hub.server(o.server_ref_id))
+             WHERE greatest(o.requested_at, o.synced_at) < now() - interval '1 day' AND NOT EXISTS (SELECT FROM _nexus_hub.server(o.server_ref_id))
              LIMIT p_limit
                FOR UPDATE SKIP LOCKED) AS y;
     WITH expired AS MATERIALIZED (
@@ -894,6 +904,7 @@ BEGIN ATOMIC
            -- What does not go well is tried less and less often.
            AND (y.tries = 0 OR y.requested_at < now() - least(interval '5 minutes' * (2 ^ least(y.tries - 1, 10)), interval '6 hours'))
            AND EXISTS (SELECT FROM _nexus_hub.server(y.server_ref_id) v WHERE v.enabled)
+           AND NOT EXISTS (SELECT FROM @extschema@.job_results j WHERE j.id = y.job_id AND j.status IN ('pending', 'running'))
          ORDER BY y.requested_at
          LIMIT p_limit
            FOR UPDATE OF y SKIP LOCKED)
@@ -904,21 +915,38 @@ COMMENT ON FUNCTION _nexus_hub.refresh_due(integer, interval) IS
 
 -- ── Syncs end ──
 
+CREATE VIEW _nexus_hub.server_syncs AS
+    SELECT y.server_ref_id, y.job_id FROM @extschema@.server_syncs y;
+COMMENT ON VIEW _nexus_hub.server_syncs IS 'The table of that name, for the worker.';
+COMMENT ON COLUMN _nexus_hub.server_syncs.server_ref_id IS 'The server.';
+COMMENT ON COLUMN _nexus_hub.server_syncs.job_id IS 'The last sync''s job.';
+
 CREATE FUNCTION _nexus_hub.synced_server(p_job_id uuid, p_lease uuid)
-RETURNS TABLE (server_ref_id uuid, server_type text, user_id uuid, server_id text)
-LANGUAGE sql STABLE
-BEGIN ATOMIC
-    SELECT u.id, 'user'::text, u.user_id, u.server_id
-      FROM @extschema@.job_results j
-      JOIN @extschema@.user_servers u ON u.user_id = j.user_id AND u.server_id = j.server_id
-     WHERE j.id = p_job_id AND j.lease = p_lease AND j.job_type = 'server_sync'
-    UNION ALL
-    SELECT s.ref_id, 'system'::text, NULL::uuid, s.id
-      FROM @extschema@.job_results j
-      JOIN @extschema@.system_servers s ON s.id = j.server_id
-     WHERE j.id = p_job_id AND j.lease = p_lease AND j.job_type = 'server_sync' AND j.user_id IS NULL;
-END;
-COMMENT ON FUNCTION _nexus_hub.synced_server(uuid, uuid) IS 'The server that a sync''s job is about, if it runs under that lease and the server is there.';
+RETURNS TABLE (server_ref_id uuid, server_type text, user_id uuid, server_id text, is_changed boolean)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- Locked, so that it does not go while its entries are written. By its id: another one of the name may be there by now.
+    RETURN QUERY
+    SELECT u.id, 'user'::text, u.user_id, u.server_id, u.updated_at > j.started_at
+      FROM _nexus_hub.job_results j
+      JOIN _nexus_hub.server_syncs y ON y.job_id = j.id
+      JOIN _nexus_hub.user_servers u ON u.id = y.server_ref_id
+     WHERE j.id = p_job_id AND j.lease = p_lease AND u.user_id = j.user_id AND u.server_id = j.server_id
+       FOR KEY SHARE OF u;
+    IF NOT FOUND THEN
+        RETURN QUERY
+        SELECT s.ref_id, 'system'::text, NULL::uuid, s.id, false
+          FROM _nexus_hub.job_results j
+          JOIN _nexus_hub.server_syncs y ON y.job_id = j.id
+          JOIN _nexus_hub.system_servers s ON s.ref_id = y.server_ref_id
+         WHERE j.id = p_job_id AND j.lease = p_lease AND j.user_id IS NULL AND s.id = j.server_id
+           FOR KEY SHARE OF s;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION _nexus_hub.synced_server(uuid, uuid) IS 'The server that a sync''s job is about, if it runs under that lease, is the server''s last one, and the server is there; and whether it was changed since the job was taken.';
 
 CREATE FUNCTION _nexus_hub.listed(p_list jsonb, p_key text) RETURNS TABLE (name text, definition jsonb)
 LANGUAGE sql IMMUTABLE
@@ -1026,12 +1054,21 @@ DECLARE
     templates integer;
     prompts integer;
     at constant timestamptz := clock_timestamp();
-    expires_at constant timestamptz := at + make_interval(mins => p_ttl_minutes);
+    expires_at timestamptz := at + make_interval(mins => p_ttl_minutes);
 BEGIN
-    SELECT * INTO v FROM _nexus_hub.synced_server(p_job_id, p_lease);
-    IF NOT FOUND THEN
-        outcome := 'gone';
+    BEGIN
+        SELECT * INTO v FROM _nexus_hub.synced_server(p_job_id, p_lease);
+        IF NOT FOUND THEN
+            outcome := 'gone';
+            RETURN;
+        END IF;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        outcome := 'locked';
         RETURN;
+    END;
+    -- What the server lists now may be something else.
+    IF v.is_changed THEN
+        expires_at := at;
     END IF;
     outcome := 'written';
     BEGIN
@@ -1070,7 +1107,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION _nexus_hub.settle_sync(uuid, uuid, text, text, integer) IS
-    'Writes what a sync''s job has found (p_catalogue: a JSON object with the arrays tools, resources, resourceTemplates and prompts), or why it found nothing (p_error), before the job''s end is written. outcome written: answer is the job''s result, if it has one; failed: answer is the job''s error; locked: a session keeps rows locked, and it is to be tried again; gone: the job, or its server, is not there any more.';
+    'Writes what a sync''s job has found (p_catalogue: a JSON object with the arrays tools, resources, resourceTemplates and prompts), or why it found nothing (p_error), before the job''s end is written. outcome written: answer is the job''s result, if it has one; failed: answer is the job''s error; locked: a session keeps rows locked, and it is to be tried again; gone: the job, or its server, is not there any more, or another sync was begun.';
 
 -- ── How the caches stand ──
 
@@ -1110,11 +1147,14 @@ BEGIN ATOMIC
          -- What nobody keeps fresh, and nobody can call, is no news.
          WHERE EXISTS (SELECT FROM _nexus_hub.server(s.server_ref_id) v WHERE v.enabled))
     SELECT t.entries::bigint, coalesce(t.expired / nullif(t.entries, 0), 0),
-           (SELECT count(*) FROM (SELECT FROM @extschema@.server_syncs y WHERE y.error IS NOT NULL LIMIT 1000) AS f)
+           (SELECT count(*)
+              FROM (SELECT FROM @extschema@.server_syncs y
+                     WHERE y.error IS NOT NULL AND EXISTS (SELECT FROM _nexus_hub.server(y.server_ref_id) v WHERE v.enabled)
+                     LIMIT 1000) AS f)
       FROM total t;
 END;
 COMMENT ON FUNCTION _nexus_hub.cache_situation(integer) IS
-    'Entries in the caches of servers that are enabled, which share of them is expired (0 to 1), and how many servers could not be synced last (1000: or more). Of each table so many pages are looked at, in larger ones at random, and the rest estimated.';
+    'Entries in the caches of servers that are enabled, which share of them is expired (0 to 1), and how many of these servers could not be synced last (1000: or more). Of each table so many pages are looked at, in larger ones at random, and the rest estimated.';
 
 -- Health: how things stand, what of it is worth waking somebody, and both as one document.
 
@@ -1313,7 +1353,7 @@ BEGIN
           FROM _nexus_hub.job_situation() j;
         rate_violators := _nexus_hub.rate_violators();
         SELECT c.entries, c.expired_share, c.failing_syncs INTO cache_entries, cache_expired_share, failing_syncs
-          FROM _nexus_hub.cache_situation(1000) c;
+          FROM _nexus_hub.cache_situation(300) c;
         SELECT max(k.uses) INTO vault_uses
           FROM (SELECT sum(n.encrypted_count)::bigint AS uses FROM _nexus_hub.known_vault_keys n GROUP BY n.fingerprint) AS k;
         vault_problem := _nexus_hub.vault_problem();
@@ -1351,7 +1391,7 @@ BEGIN ATOMIC
         ('jobs_disabled', 'warning', (NOT s.is_enabled AND NOT s.is_standby)::integer, 0,
             'nexus_hub.enabled is off: jobs stay pending'),
         ('restoring', 'warning', coalesce(s.restoring_sessions, 0), 0,
-            'sessions that load a dump are there, and jobs wait until they end: pg_locks has their pids, with locktype advisory and objsubid 3'),
+            'sessions that load a dump are there, and jobs wait until they end: SELECT pid FROM pg_locks WHERE locktype = ''advisory'' AND objsubid = 3 AND mode = ''ShareLock'''),
         ('oldest_pending_age', 'warning', coalesce(s.oldest_pending_seconds, 0), 300,
             'a job has been due for so many seconds: look at circuit_breakers, rate limits, and nexus_hub.max_in_flight'),
         ('stuck_jobs', 'warning', coalesce(s.stuck_jobs, 0), 0,
@@ -1525,13 +1565,13 @@ BEGIN
     END IF;
     SELECT count(DISTINCT b.host) INTO unreachable_hosts FROM _nexus_hub.circuit_breakers b;
     SELECT c.entries, c.expired_share, c.failing_syncs INTO cache_entries, cache_expired_share, failing_syncs
-      FROM _nexus_hub.cache_situation(100) c;
+      FROM _nexus_hub.cache_situation(50) c;
     job_bytes := _nexus_hub.job_bytes();
 EXCEPTION WHEN lock_not_available THEN
     NULL;
 END
 $$;
-COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs and a hundred pages of each cache at most; above that numbers are estimates. NULL: not known, because somebody has the tables locked.';
+COMMENT ON FUNCTION _nexus_hub.gauges() IS 'What metrics need of the tables. Looks at a thousand jobs and fifty pages of each cache at most; above that numbers are estimates. NULL: not known, because somebody has the tables locked.';
 
 CREATE FUNCTION _nexus_hub.metrics_page() RETURNS text
 LANGUAGE c VOLATILE SECURITY DEFINER
@@ -1578,8 +1618,17 @@ BEGIN ATOMIC
           JOIN pg_extension e ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND e.extname = 'nexus_hub'
           JOIN pg_class c ON d.classid = 'pg_class'::regclass AND d.objid = c.oid AND c.relkind = 'r'
          WHERE d.deptype = 'e')
-    SELECT a.attrelid, 'column'::text, a.attname::text, a.xmin, format('ALTER TABLE %s ADD COLUMN %I %s', a.attrelid::regclass, a.attname, format_type(a.atttypid, a.atttypmod))
-      FROM pg_attribute a JOIN own o ON o.oid = a.attrelid
+    SELECT a.attrelid, 'column'::text, a.attname::text, a.xmin,
+           concat_ws(' ', format('ALTER TABLE %s ADD COLUMN %I %s', a.attrelid::regclass, a.attname, format_type(a.atttypid, a.atttypmod)),
+                     (SELECT format('COLLATE %I.%I', n.nspname, l.collname) FROM pg_collation l JOIN pg_namespace n ON n.oid = l.collnamespace
+                       WHERE l.oid = a.attcollation AND a.attcollation <> t.typcollation),
+                     CASE a.attidentity WHEN 'a' THEN 'GENERATED ALWAYS AS IDENTITY' WHEN 'd' THEN 'GENERATED BY DEFAULT AS IDENTITY' END,
+                     CASE a.attgenerated WHEN 's' THEN format('GENERATED ALWAYS AS (%s) STORED', pg_get_expr(x.adbin, x.adrelid))
+                                         WHEN 'v' THEN format('GENERATED ALWAYS AS (%s) VIRTUAL', pg_get_expr(x.adbin, x.adrelid))
+                                         ELSE 'DEFAULT ' || pg_get_expr(x.adbin, x.adrelid) END,
+                     CASE WHEN a.attnotnull THEN 'NOT NULL' END)
+      FROM pg_attribute a JOIN own o ON o.oid = a.attrelid JOIN pg_type t ON t.oid = a.atttypid
+      LEFT JOIN pg_attrdef x ON x.adrelid = a.attrelid AND x.adnum = a.attnum
      WHERE a.attnum > 0 AND NOT a.attisdropped
     UNION ALL
     SELECT c.conrelid, 'constraint'::text, c.conname::text, c.xmin, format('ALTER TABLE %s ADD CONSTRAINT %I %s', c.conrelid::regclass, c.conname, pg_get_constraintdef(c.oid))
@@ -1668,9 +1717,8 @@ BEGIN
     HAVING count(*) > 0;
     RETURN QUERY
     SELECT 'publication'::text, 'redo'::text,
-           format('a dump leaves the extension''s tables out of it; after the restore: %s',
-                  CASE p.pubname WHEN 'supabase_realtime' THEN 'SELECT _nexus_hub.grant_api()'
-                                 ELSE format('ALTER PUBLICATION %I ADD TABLE %s', p.pubname, string_agg(r.prrelid::regclass::text, ', ')) END)
+           format('a dump leaves the extension''s tables out of it; after the restore, with the column lists and filters that \dRp+ shows now: ALTER PUBLICATION %I ADD TABLE %s',
+                  p.pubname, string_agg(r.prrelid::regclass::text, ', ' ORDER BY r.prrelid::regclass::text))
       FROM pg_publication p
       JOIN pg_publication_rel r ON r.prpubid = p.oid
      WHERE EXISTS (SELECT FROM pg_depend d JOIN pg_extension e ON d.refobjid = e.oid AND d.refclassid = 'pg_extension'::regclass
@@ -1679,13 +1727,19 @@ BEGIN
     RETURN QUERY
     SELECT p.kind, CASE p.kind WHEN 'column' THEN 'problem' ELSE 'redo' END,
            CASE p.kind
-               WHEN 'column' THEN 'a dump holds its values but not the column, and the restore of the table fails; restore --section=pre-data first, then: ' || p.statement
+               WHEN 'column' THEN 'a dump holds its values but not the column, and the restore of the table fails; in the new database create the extension first, then this, then restore: ' || p.statement
                ELSE 'somebody has added it to a table of the extension, and a dump leaves it out; after the restore: ' || p.statement
            END
       FROM _nexus_hub.added_parts p
      ORDER BY p.kind, p.statement;
     RETURN QUERY
-    SELECT 'jobs'::text, 'know'::text, format('%s are pending or running, and run again where the dump is restored; not in a copy with ALTER DATABASE … SET nexus_hub.enabled = off', count(*))
+    SELECT o.kind, 'problem'::text, format('%s of %s is not there under its name: somebody has renamed or dropped it, and a restore brings it back as it was made', o.name, o.relation::regclass)
+      FROM _nexus_hub.parts o
+     WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = o.relation)
+       AND NOT EXISTS (SELECT FROM _nexus_hub.present_parts() p WHERE p.relation = o.relation AND p.kind = o.kind AND p.name = o.name)
+     ORDER BY o.relation::regclass::text, o.name;
+    RETURN QUERY
+    SELECT 'jobs'::text, 'know'::text, format('%s are pending or running, and run again where the dump is restored: with ALTER DATABASE … SET nexus_hub.enabled = off before it, not until that is reset', count(*))
       FROM _nexus_hub.job_places j
      WHERE j.status IN ('pending', 'running')
     HAVING count(*) > 0;
@@ -1700,7 +1754,7 @@ BEGIN ATOMIC
     SELECT b.item, b.state, b.advice FROM _nexus_hub.backup_items() b;
 END;
 COMMENT ON FUNCTION @extschema@.backup_preflight() IS
-    'What a dump of this database leaves out, before it is trusted: a row each. state: save (to be saved besides the dump), redo (to be done again after the restore), problem (the backup is not good as things are), know. Tries the vault''s values: a second for a million or so. For the owner alone.';
+    'What a dump of this database leaves out, before it is trusted: a row each. state: save (to be saved besides the dump), redo (to be done again after the restore), problem (the backup is not good as things are), know. It does not look at changed defaults, storage parameters, replica identities, rules and disabled triggers. Tries the vault''s values: a second for a million or so. For the owner alone.';
 
 -- What 0.1.0 has made of its tables.
 INSERT INTO _nexus_hub.parts (relation, kind, name)

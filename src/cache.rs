@@ -60,7 +60,9 @@ pub fn settle(sync: &Completion, ttl_minutes: i32) -> Result<Settled, SpiError> 
             (Some("failed"), Some(error)) if problem.is_none() => Settled::As(Verdict::Failed { error, result: None }),
             _ if problem.is_some() => Settled::AsItIs,
             // The catalogue is not for the job's row.
-            _ => Settled::As(Verdict::Failed { error: "the server was deleted meanwhile".into(), result: None }),
+            _ => {
+                Settled::As(Verdict::Failed { error: "the server was deleted, or is synced anew".into(), result: None })
+            }
         })
     })
 }

@@ -13,6 +13,7 @@ mod rotate;
 mod run;
 mod start;
 mod step;
+mod sync;
 
 use crate::pg::bgworker;
 use pgrx::prelude::*;

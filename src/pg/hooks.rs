@@ -67,10 +67,7 @@ unsafe extern "C-unwind" fn look_at(parse_tree: *mut pg_sys::Node) {
         if may_drop_extension(parse_tree) && catalog_is_reachable() {
             xact::nudge_worker_at_commit();
         }
-        if (*parse_tree).type_ == pg_sys::NodeTag::T_CreateExtensionStmt
-            && CStr::from_ptr((*parse_tree.cast::<pg_sys::CreateExtensionStmt>()).extname) == c"nexus_hub"
-            && catalog_is_reachable()
-        {
+        if may_load_a_dump(parse_tree) && catalog_is_reachable() {
             restore::note();
         }
     }
@@ -109,6 +106,23 @@ unsafe fn may_drop_extension(node: *mut pg_sys::Node) -> bool {
                 (*node.cast::<pg_sys::DropStmt>()).removeType,
                 pg_sys::ObjectType::OBJECT_EXTENSION | pg_sys::ObjectType::OBJECT_SCHEMA
             ),
+            _ => false,
+        }
+    }
+}
+
+/// Whether a statement is one with which a dump brings the extension, or rows of any table. Triggers may be disabled.
+///
+/// # Safety
+/// `node` points to a utility statement's parse tree.
+unsafe fn may_load_a_dump(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: each cast is to the struct that the node's tag names.
+    unsafe {
+        match (*node).type_ {
+            pg_sys::NodeTag::T_CopyStmt => (*node.cast::<pg_sys::CopyStmt>()).is_from,
+            pg_sys::NodeTag::T_CreateExtensionStmt => {
+                CStr::from_ptr((*node.cast::<pg_sys::CreateExtensionStmt>()).extname) == c"nexus_hub"
+            }
             _ => false,
         }
     }

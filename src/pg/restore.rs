@@ -19,12 +19,17 @@ fn tag() -> pg_sys::LOCKTAG {
     }
 }
 
-/// Whether the settings of this session are those that pg_dump writes at the top of a dump, and pg_restore makes.
+/// Whether the settings of this session are those that pg_dump writes at the top of a dump, and pg_restore makes, and its
+/// user is one who can load a dump.
 fn loads_a_dump() -> bool {
-    // SAFETY: plain globals of this process; the search path is a C string, or not yet there.
+    // SAFETY: plain globals of this process; the search path is a C string, or not yet there. Inside a transaction.
     unsafe {
         let path = pg_sys::namespace_search_path;
-        !pg_sys::row_security && !pg_sys::check_function_bodies && !path.is_null() && CStr::from_ptr(path).is_empty()
+        !pg_sys::check_function_bodies
+            && !path.is_null()
+            && CStr::from_ptr(path).is_empty()
+            // Anybody can set these; nobody else shall keep the worker from its jobs.
+            && pg_sys::has_bypassrls_privilege(pg_sys::GetUserId())
     }
 }
 
@@ -38,7 +43,8 @@ pub fn note() {
 
 /// Whether a session of this database loads a dump. Call it in a transaction.
 pub fn is_under_way() -> bool {
-    let mode = pg_sys::ExclusiveLock as i32;
+    // In the way of those who load a dump, and not of another worker that looks.
+    let mode = pg_sys::RowExclusiveLock as i32;
     // SAFETY: an ordinary lock of the running transaction, which is not waited for, and given back at once.
     unsafe {
         let got = pg_sys::LockAcquire(&tag(), mode, false, true);

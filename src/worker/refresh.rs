@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// Polls between two looks: an idle database has no transaction for it at each.
 const POLLS_BETWEEN_LOOKS: u32 = 6;
 
+/// Where there is more to begin, it rests so many times as long as that took, and a second at least.
+const REST: u32 = 9;
+
 /// When it looks, and what the log has been told.
 pub struct Refresher {
     next: Instant,
@@ -55,7 +58,7 @@ impl Worker {
             Ok(begun) => {
                 self.refresher.told = None;
                 if begun == cache::BATCH {
-                    pause = Duration::ZERO;
+                    pause = (now.elapsed() * REST).max(Duration::from_secs(1));
                 }
             }
             Err(failure) => {

@@ -9,6 +9,7 @@ use super::prune::Pruner;
 use super::record::Records;
 use super::refresh::Refresher;
 use super::step::{Running, Step, finished};
+use super::sync::Syncs;
 use super::{rotate, start};
 use crate::domain::metrics::Counter;
 use crate::domain::schedule::{BreakerState, Pick, Schedule};
@@ -70,6 +71,8 @@ pub struct Worker {
     pub in_flight: HashMap<Claim, Running>,
     /// Outcomes that are not written yet.
     pub backlog: Backlog,
+    /// The ends of syncs, which are written apart.
+    pub syncs: Syncs,
     /// The jobs whose outcomes the last transaction tried to write.
     pub tried: HashSet<Claim>,
     /// What is to be claimed in the running transaction.
@@ -123,7 +126,10 @@ impl Worker {
             }
             if self.outdated {
                 let since = *self.draining_since.get_or_insert_with(Instant::now);
-                let is_drained = self.in_flight.is_empty() && !self.backlog.has_fresh() && !self.outcomes_due;
+                let is_drained = self.in_flight.is_empty()
+                    && !self.backlog.has_fresh()
+                    && !self.outcomes_due
+                    && self.syncs.is_empty();
                 if is_drained || since.elapsed() >= DRAIN_TIME {
                     self.finish();
                     shmem::set_worker_state(WorkerState::Replaced);
@@ -159,6 +165,7 @@ impl Worker {
                     }
                 }
             }
+            self.write_sync();
             self.record();
             self.record_limits();
             self.prune();
@@ -186,6 +193,7 @@ impl Worker {
     fn collect(&mut self) -> Result<(), ThreadGone> {
         self.net.acknowledge_wake();
         let (net, in_flight, schedule, settings) = (&self.net, &mut self.in_flight, &mut self.schedule, &self.settings);
+        let syncs = &mut self.syncs;
         let now = Instant::now();
         // What is left there was acknowledged: nobody will wake this thread for it.
         self.outcomes_due = self.backlog.fill(self.settings.batch_size, || {
@@ -197,7 +205,12 @@ impl Worker {
                 if let Some(kind) = kind {
                     counters::note_latency(kind, sent_at.elapsed());
                 }
-                return Ok(Some(finished(outcome.job, outcome.lease, kind, outcome.ending, attempts, settings)));
+                let end = finished(outcome.job, outcome.lease, kind, outcome.ending, attempts, settings);
+                if end.completion.is_sync {
+                    syncs.push(end);
+                    continue;
+                }
+                return Ok(Some(end));
             }
             Ok(None)
         })?;
@@ -242,6 +255,7 @@ impl Worker {
                 .chain(self.prune_at())
                 .chain(self.refresh_at())
                 .chain(self.restoring_until)
+                .chain(self.syncs.due())
                 .min()
                 .unwrap_or(now);
             next.saturating_duration_since(now)
@@ -283,7 +297,8 @@ impl Worker {
                 break;
             }
         }
-        let leases: HashSet<_> = self.in_flight.keys().map(|(_, lease)| *lease).collect();
+        let held = self.in_flight.keys().copied().chain(self.syncs.claims());
+        let leases: HashSet<_> = held.map(|(_, lease)| lease).collect();
         if !leases.is_empty() {
             let (extension, queue) = (self.extension, &self.queue);
             let given_back = transaction::run(c"nexus_hub: giving jobs back", || {

@@ -9,6 +9,7 @@ use super::record::Records;
 use super::refresh::Refresher;
 use super::rotate;
 use super::run::{GONE, RESTART, Worker};
+use super::sync::Syncs;
 use crate::domain::breaker::Rules;
 use crate::domain::schedule::{Caps, Schedule};
 use crate::jobs::queue::Queue;
@@ -114,6 +115,7 @@ pub fn main(slot: usize) -> i32 {
         feed: Feed::new(now),
         in_flight: HashMap::new(),
         backlog: Backlog::new(now),
+        syncs: Syncs::new(now),
         tried: HashSet::new(),
         picks: Vec::new(),
         breakers: Vec::new(),

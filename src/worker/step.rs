@@ -7,11 +7,10 @@ use super::fill::Secrets;
 use super::limits;
 use super::run::{FLUSH_TIME, RESTART, Worker};
 use super::start;
-use crate::cache::{self, Settled};
 use crate::domain::job::JobType;
 use crate::domain::metrics::{self, Counter};
 use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
-use crate::jobs::queue::{Claim, ClaimedJob, Completion, Queue};
+use crate::jobs::queue::{Claim, ClaimedJob, Queue};
 use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
 use crate::pg::shmem::counters;
@@ -127,7 +126,13 @@ impl Worker {
         let (database, database_settings) = (self.database, &self.database_settings);
         let holder = self.holder;
         let active: HashSet<_> = if poll {
-            in_flight.keys().copied().chain(self.backlog.claims()).map(|(_, lease)| lease).collect()
+            in_flight
+                .keys()
+                .copied()
+                .chain(self.backlog.claims())
+                .chain(self.syncs.claims())
+                .map(|(_, lease)| lease)
+                .collect()
         } else {
             HashSet::new()
         };
@@ -166,7 +171,7 @@ impl Worker {
                     done.lost = queue.lost(in_flight.keys().copied())?;
                 }
                 if !batch.is_empty() {
-                    done.locked = complete(queue, &batch, settings)?;
+                    done.locked = queue.complete(&batch)?;
                 }
                 if !breakers.is_empty() {
                     queue.show_breakers(Some(breakers))?;
@@ -267,7 +272,7 @@ impl Worker {
                     let ending = Ending { retry: Retry::Later, ..Ending::refused(&error) };
                     let attempts = (job.attempts, assign::max_attempts(&job));
                     let kind = JobType::parse(&job.job_type);
-                    self.backlog.push(finished(job.id, done.lease, kind, ending, attempts, &self.settings));
+                    self.push_end(finished(job.id, done.lease, kind, ending, attempts, &self.settings));
                 }
                 // Cancelled or claimed meanwhile, or locked: then the next poll finds it again.
                 (None, None) => self.schedule.not_sent(&pick, now),
@@ -289,7 +294,7 @@ impl Worker {
             }
             Err(error) => {
                 self.schedule.not_sent(pick, Instant::now());
-                self.backlog.push(finished(id, lease, kind, Ending::refused(&error), attempts, &self.settings));
+                self.push_end(finished(id, lease, kind, Ending::refused(&error), attempts, &self.settings));
             }
         }
     }
@@ -356,35 +361,6 @@ fn release_abandoned(
     };
     let abandoned: Vec<_> = held.into_iter().filter(is_abandoned).collect();
     if abandoned.is_empty() { Ok(0) } else { queue.release(abandoned, Some(max_crashes)) }
-}
-
-/// Writes outcomes, those of syncs into the caches first. Returns those that must be written later.
-fn complete(
-    queue: &Queue,
-    batch: &[&Completion],
-    settings: &WorkerSettings,
-) -> Result<Vec<Claim>, pgrx::spi::SpiError> {
-    if !batch.iter().any(|completion| completion.is_sync) {
-        return queue.complete(batch);
-    }
-    let (syncs, mut others): (Vec<&Completion>, Vec<_>) = batch.iter().partition(|completion| completion.is_sync);
-    let mut locked = Vec::new();
-    let mut settled = Vec::new();
-    for sync in syncs {
-        match cache::settle(sync, settings.caching.ttl)? {
-            Settled::AsItIs => others.push(sync),
-            Settled::As(verdict) => {
-                let (job, lease, is_sync, http_status) = (sync.job, sync.lease, true, sync.http_status);
-                settled.push(Completion { job, lease, is_sync, verdict, http_status, retry_in: None });
-            }
-            Settled::Locked => locked.push(sync.claim()),
-        }
-    }
-    others.extend(&settled);
-    if !others.is_empty() {
-        locked.extend(queue.complete(&others)?);
-    }
-    Ok(locked)
 }
 
 /// What is to be written of an attempt that has ended.

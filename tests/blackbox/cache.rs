@@ -247,7 +247,7 @@ fn lists_are_bounded_in_size_and_number() {
     let id = add_server(&mut client, "large", json!({"url": large.url}));
     let job = sync(&mut client, id);
     let error = wait_for_job(&mut client, job).failed();
-    assert!(error.contains("larger than 102400 bytes (nexus_hub.max_response_bytes)"), "{error}");
+    assert!(error.contains("what it lists is larger than 102400 bytes"), "{error}");
     assert!(large.requests().len() < 20, "it was not asked for more than can be taken");
     let endless = listing(json!({"tools": {}}), |_, cursor| {
         let page = cursor.map_or(0, |cursor| cursor.parse::<usize>().expect("ours"));
@@ -517,4 +517,130 @@ fn caches_survive_a_dump() {
     database.copy_to(&restored);
     let all = "SELECT concat_ws(' ', (SELECT string_agg(t::text, ',' ORDER BY id) FROM tool_cache t), (SELECT y::text FROM server_syncs y))";
     assert_eq!(value::<String>(&mut client, all), value::<String>(&mut restored.connect(), all));
+}
+
+#[test]
+fn a_sync_asks_the_server_as_it_is_now_and_one_that_asked_another_writes_nothing() {
+    let gate = Gate::default();
+    let begun = Arc::new(AtomicUsize::new(0));
+    let old = listing(json!({"tools": {}}), {
+        let (gate, begun) = (gate.clone(), Arc::clone(&begun));
+        move |_, _| {
+            begun.fetch_add(1, SeqCst);
+            gate.pass();
+            json!({"result": {"tools": [{"name": "old"}]}})
+        }
+    });
+    let new = with_tools(json!([{"name": "new"}]));
+    let (_database, mut client, id) = scene(&old);
+    let first = sync(&mut client, id);
+    wait_until("the first has begun", || begun.load(SeqCst) == 1);
+    client
+        .execute("SELECT update_server($1, p_config => $2)", &[&id, &json!({"url": new.url})])
+        .expect("update_server");
+    let second = sync(&mut client, id);
+    assert_ne!(first, second);
+    wait_for_job(&mut client, second).completed();
+    gate.open();
+    assert_eq!(wait_for_job(&mut client, first).failed(), "the server was deleted, or is synced anew");
+    assert_eq!(tools(&mut client), ["new"]);
+    // Another server of the same name gets nothing of what the one before it has listed.
+    let gate = Gate::default();
+    let begun = Arc::new(AtomicUsize::new(0));
+    let slow = listing(json!({"tools": {}}), {
+        let (gate, begun) = (gate.clone(), Arc::clone(&begun));
+        move |_, _| {
+            begun.fetch_add(1, SeqCst);
+            gate.pass();
+            json!({"result": {"tools": [{"name": "slow"}]}})
+        }
+    });
+    client
+        .execute("SELECT update_server($1, p_config => $2)", &[&id, &json!({"url": slow.url})])
+        .expect("update_server");
+    let job = sync(&mut client, id);
+    wait_until("it has begun", || begun.load(SeqCst) == 1);
+    client.execute("SELECT delete_server($1)", &[&id]).expect("delete_server");
+    add_server(&mut client, "demo", json!({"url": new.url}));
+    gate.open();
+    assert_eq!(wait_for_job(&mut client, job).failed(), "the server was deleted, or is synced anew");
+    assert_eq!((count(&mut client, "tool_cache"), count(&mut client, "server_syncs")), (0, 0));
+}
+
+#[test]
+fn what_was_listed_before_a_change_of_the_server_is_not_fresh() {
+    let gate = Gate::default();
+    let begun = Arc::new(AtomicUsize::new(0));
+    let server = listing(json!({"tools": {}}), {
+        let (gate, begun) = (gate.clone(), Arc::clone(&begun));
+        move |_, _| {
+            begun.fetch_add(1, SeqCst);
+            gate.pass();
+            json!({"result": {"tools": [{"name": "t"}]}})
+        }
+    });
+    let (_database, mut client, id) = scene(&server);
+    let job = sync(&mut client, id);
+    wait_until("it has begun", || begun.load(SeqCst) == 1);
+    client
+        .execute("SELECT update_server($1, p_config => $2)", &[&id, &json!({"url": "https://host.example/"})])
+        .expect("update_server");
+    gate.open();
+    wait_for_job(&mut client, job).completed();
+    assert_eq!(count(&mut client, "tool_cache WHERE expires_at <= now()"), 1);
+}
+
+#[test]
+fn large_syncs_do_not_hold_up_other_jobs() {
+    let large: Vec<_> =
+        (0..2000).map(|number| json!({"name": format!("tool {number}"), "description": "x".repeat(1500)})).collect();
+    let large = with_tools(json!(large));
+    let database = shared().database();
+    let mut client = database.connect();
+    let good = FakeServer::start(|_| Some(Answer::json("{}")));
+    let syncs: Vec<_> = (0..20)
+        .map(|number| {
+            let id = add_server(&mut client, &format!("large {number}"), json!({"url": large.url}));
+            sync(&mut client, id)
+        })
+        .collect();
+    wait_until("the first is written", || count(&mut client, "server_syncs WHERE synced_at IS NOT NULL") > 0);
+    for _ in 0..5 {
+        run_http(&mut client, json!({"url": good.url})).completed();
+    }
+    let written = count(&mut client, "server_syncs WHERE synced_at IS NOT NULL");
+    assert!(written < 20, "the jobs waited for all syncs");
+    for job in syncs {
+        assert_eq!(wait_for_job(&mut client, job).completed()["tools"], 2000);
+    }
+}
+
+#[test]
+fn syncs_that_wait_are_not_begun_anew_and_keep_no_other_server_from_being_synced() {
+    let cluster = Cluster::start(&[SWIFT]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = with_tools(json!([{"name": "a"}]));
+    let honest = add_server(&mut client, "honest", json!({"url": server.url}));
+    synced(&mut client, honest);
+    // Others wait for their rate limit, longer than the time after which a failed sync is tried again.
+    for number in 0..60 {
+        let id = add_server(&mut client, &format!("waits {number}"), json!({"url": server.url}));
+        synced(&mut client, id);
+    }
+    client
+        .batch_execute("UPDATE user_servers SET rate_limit_per_minute = 0 WHERE server_id <> 'honest'")
+        .expect("UPDATE");
+    client.batch_execute("UPDATE server_syncs SET expires_at = now() WHERE server_id <> 'honest'").expect("UPDATE");
+    wait_until("syncs of all of them wait", || count_jobs(&mut client, "pending") == 60);
+    client
+        .batch_execute(
+            "UPDATE server_syncs SET requested_at = now() - interval '7 hours' WHERE server_id <> 'honest';
+             UPDATE server_syncs SET expires_at = now() WHERE server_id = 'honest'",
+        )
+        .expect("UPDATE");
+    wait_until("the honest one is synced", || {
+        count(&mut client, "server_syncs WHERE server_id = 'honest' AND expires_at > now()") == 1
+    });
+    assert_eq!((count_jobs(&mut client, "pending"), count(&mut client, "server_syncs WHERE tries > 1")), (60, 0));
 }

@@ -107,6 +107,56 @@ fn jobs_of_a_dump_wait_until_all_of_it_is_loaded() {
 }
 
 #[test]
+fn jobs_of_a_data_only_dump_wait_also_where_triggers_are_disabled() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100", "nexus_hub.enabled = off"]);
+    let source = cluster.database();
+    let mut client = source.connect();
+    let server = McpServer::start(&[]);
+    add_server(&mut client, "demo", server.config());
+    for _ in 0..20 {
+        create_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"}));
+    }
+    let restored = cluster.database();
+    cluster.configure(&["nexus_hub.poll_interval = 100"]);
+    cluster.pg_ctl(&["reload"]);
+    restored.wait_for_worker();
+    let script = format!(
+        "pg_dump --data-only --disable-triggers -Fc {} | pg_restore --exit-on-error --data-only --disable-triggers -d {}",
+        source.name, restored.name
+    );
+    let output =
+        Command::new("sh").args(["-c", &script]).envs(cluster.environment()).output().expect("pg_dump | pg_restore");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut client = restored.connect();
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 20);
+}
+
+#[test]
+fn nobody_but_who_can_load_a_dump_keeps_the_worker_from_its_jobs() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = FakeServer::start(|_| Some(Answer::json("{}")));
+    let pretends = "SET row_security = off; SET check_function_bodies = off; SELECT pg_catalog.set_config('search_path', '', false)";
+    let mut nobody = database.connect();
+    nobody
+        .batch_execute(&format!(
+            "CREATE ROLE nobody; SET ROLE nobody; {pretends}; CREATE EXTENSION IF NOT EXISTS nexus_hub;
+             CREATE TEMP TABLE t (id integer); SET ROLE authenticated; SET request.jwt.claims = '{{\"sub\": \"{ALICE}\"}}'; SET row_security = on;
+             INSERT INTO public.job_results (user_id, job_type, server_id, tool_name) VALUES ('{ALICE}', 'tool_invoke', 's', 't')"
+        ))
+        .expect("tricks");
+    run_http(&mut client, json!({"url": server.url})).completed();
+    assert!(!value::<bool>(&mut client, "SELECT firing FROM nexus_hub_alerts WHERE name = 'restoring'"));
+    // Who can is believed.
+    let mut owner = database.connect();
+    owner.batch_execute(&format!("{pretends}; CREATE EXTENSION IF NOT EXISTS nexus_hub")).expect("a dump's beginning");
+    assert!(value::<bool>(&mut client, "SELECT firing FROM nexus_hub_alerts WHERE name = 'restoring'"));
+    owner.batch_execute("DISCARD ALL").expect("DISCARD ALL");
+    assert!(!value::<bool>(&mut client, "SELECT firing FROM nexus_hub_alerts WHERE name = 'restoring'"));
+}
+
+#[test]
 fn a_running_job_that_comes_with_a_dump_is_run_again() {
     let cluster = Cluster::start(&["nexus_hub.poll_interval = 200"]);
     let database = cluster.database();

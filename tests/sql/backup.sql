@@ -22,13 +22,13 @@ CREATE TRIGGER added_trigger BEFORE INSERT ON job_results FOR EACH ROW EXECUTE F
 CREATE INDEX added_index ON job_results (tool_name);
 CREATE POLICY added_policy ON tool_cache AS RESTRICTIVE FOR SELECT TO authenticated USING (enabled);
 ALTER TABLE user_servers ADD CONSTRAINT added_constraint CHECK (name <> '');
-ALTER TABLE user_servers ADD COLUMN added_column integer;
+ALTER TABLE user_servers ADD COLUMN added_column integer NOT NULL DEFAULT 7;
 CREATE PUBLICATION added_publication FOR TABLE job_results;
 SELECT alike(pg_temp.said('trigger'), 'redo: % after the restore: CREATE TRIGGER added_trigger BEFORE INSERT ON %job_results FOR EACH ROW EXECUTE FUNCTION %', 'a dump leaves added triggers out');
 SELECT alike(pg_temp.said('index'), 'redo: % CREATE INDEX added_index ON %job_results USING btree (tool_name)', 'and indexes');
 SELECT alike(pg_temp.said('policy'), 'redo: % CREATE POLICY added_policy ON %tool_cache AS RESTRICTIVE FOR SELECT TO authenticated USING (enabled)', 'and policies');
 SELECT alike(pg_temp.said('constraint'), 'redo: % ADD CONSTRAINT added_constraint CHECK %', 'and constraints');
-SELECT alike(pg_temp.said('column'), 'problem: % restore --section=pre-data first, then: ALTER TABLE %user_servers ADD COLUMN added_column integer', 'with a column the restore would fail');
+SELECT alike(pg_temp.said('column'), 'problem: % create the extension first, then this, then restore: ALTER TABLE %user_servers ADD COLUMN added_column integer DEFAULT 7 NOT NULL', 'with a column the restore would fail');
 SELECT alike(pg_temp.said('publication'), 'redo: % ALTER PUBLICATION added_publication ADD TABLE %job_results', 'tables of publications are told');
 SELECT is((SELECT count(*) FROM backup_preflight() WHERE item IN ('trigger', 'index', 'policy', 'constraint', 'column')), 5::bigint, 'and nothing else');
 -- What says so has to be true.
@@ -45,6 +45,9 @@ BEGIN
 END
 $$;
 SELECT is((SELECT count(*) FROM _nexus_hub.added_parts), 5::bigint, 'its statements make them again');
+
+ALTER INDEX job_results_pending RENAME TO elsewhere;
+SELECT is((SELECT count(*) FROM backup_preflight() WHERE state = 'problem' AND advice LIKE 'job_results_pending of %job_results is not there under its name%'), 1::bigint, 'of what is missing it says so');
 
 SELECT * FROM finish();
 ROLLBACK;

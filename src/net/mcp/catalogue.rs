@@ -13,8 +13,10 @@ use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-/// Entries of a list.
-const MAX_ENTRIES: usize = 10_000;
+/// Entries of a list: what it takes to write them keeps other jobs waiting.
+const MAX_ENTRIES: usize = 2_000;
+/// Bytes of all lists together, where an answer may have more.
+const MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Pages of a list. Some may be empty.
 const MAX_PAGES: usize = 1_000;
 
@@ -71,7 +73,7 @@ impl List {
 pub async fn fetch(line: &mut Line<'_>, job: Uuid, max_bytes: usize) -> Result<Option<Ending>, Failure> {
     let has = line.session.capabilities();
     let held = Held::default();
-    let mut catalogue = Catalogue::new(max_bytes);
+    let mut catalogue = Catalogue::new(max_bytes.min(MAX_BYTES));
     for list in List::ALL {
         let is_there = match list {
             List::Tools => has.tools.is_some(),
@@ -162,12 +164,14 @@ impl Catalogue {
                 return Err(Failure::NotMcp(format!("it lists more than {MAX_ENTRIES} {name}")));
             }
             if self.text.len() + entry.get().len() > self.max_bytes {
-                return Err(Failure::TooLarge { limit: self.max_bytes });
+                return Err(Failure::NotMcp(format!("what it lists is larger than {} bytes", self.max_bytes)));
             }
             if self.entries > 0 {
                 self.text.push(',');
             }
-            self.text.push_str(entry.get());
+            // One that cannot be stored shall not cost all others: it is left out, and counted.
+            let is_storable = serde_json::from_str::<serde_json::Value>(entry.get()).is_ok();
+            self.text.push_str(if is_storable { entry.get() } else { "null" });
             self.entries += 1;
         }
         // Some servers say that there is no more with an empty cursor.
@@ -219,6 +223,12 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_that_cannot_be_stored_is_left_out() {
+        let found = all(&[(List::Tools, &[r#"{"tools":[{"name":"a"},{"name":"\ud800"},{"name":"b"}]}"#])]);
+        assert_eq!(found.map(|found| found["tools"].clone()), Ok(json!([{"name": "a"}, null, {"name": "b"}])));
+    }
+
+    #[test]
     fn an_empty_cursor_and_a_missing_one_end_a_list() {
         let mut catalogue = Catalogue::new(1_000);
         for page in [r#"{"tools":[]}"#, r#"{"tools":[],"nextCursor":null}"#, r#"{"tools":[],"nextCursor":""}"#] {
@@ -239,10 +249,13 @@ mod tests {
             assert!(all(&[(List::Tools, &[page])]).is_err(), "{page}");
         }
         let large = format!(r#"{{"tools":["{}"]}}"#, "x".repeat(1_000));
-        assert_eq!(all(&[(List::Tools, &[&large])]), Err(Failure::TooLarge { limit: 1_000 }));
+        assert!(
+            all(&[(List::Tools, &[&large])])
+                .is_err_and(|failure| failure.to_string().ends_with("larger than 1000 bytes"))
+        );
         let mut catalogue = Catalogue::new(usize::MAX);
         let many = format!(r#"{{"tools":[{}1]}}"#, "1,".repeat(MAX_ENTRIES));
         let failure = catalogue.add(&many).err().map(|failure| failure.to_string()).unwrap_or_default();
-        assert!(failure.ends_with("it lists more than 10000 tools"), "{failure}");
+        assert!(failure.ends_with("it lists more than 2000 tools"), "{failure}");
     }
 }
