@@ -120,13 +120,7 @@ fn jobs_of_a_data_only_dump_wait_also_where_triggers_are_disabled() {
     cluster.configure(&["nexus_hub.poll_interval = 100"]);
     cluster.pg_ctl(&["reload"]);
     restored.wait_for_worker();
-    let script = format!(
-        "pg_dump --data-only --disable-triggers -Fc {} | pg_restore --exit-on-error --data-only --disable-triggers -d {}",
-        source.name, restored.name
-    );
-    let output =
-        Command::new("sh").args(["-c", &script]).envs(cluster.environment()).output().expect("pg_dump | pg_restore");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    source.copy_with(&restored, &["--data-only", "--disable-triggers"]);
     let mut client = restored.connect();
     wait_until("all are completed", || count_jobs(&mut client, "completed") == 20);
 }

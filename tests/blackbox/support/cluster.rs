@@ -326,14 +326,21 @@ impl Database<'_> {
 
     /// Dumps the database and restores it into an empty one, of this cluster or another.
     pub fn copy_to(&self, other: &Database<'_>) {
+        self.copy_with(other, &[]);
+    }
+
+    /// The same, with more arguments for both programs.
+    pub fn copy_with(&self, other: &Database<'_>, arguments: &[&str]) {
         let mut dump = Command::new(self.cluster.bin.join("pg_dump"))
             .args(["-Fc", &self.name])
+            .args(arguments)
             .envs(self.cluster.environment())
             .stdout(Stdio::piped())
             .spawn()
             .expect("pg_dump");
         let restore = Command::new(self.cluster.bin.join("pg_restore"))
             .args(["--exit-on-error", "-d", &other.name])
+            .args(arguments)
             .envs(other.cluster.environment())
             .stdin(dump.stdout.take().expect("piped"))
             .output()
