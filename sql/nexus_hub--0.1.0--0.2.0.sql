@@ -1023,21 +1023,20 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION _nexus_hub.write_prompts(uuid, text, uuid, text, jsonb, timestamptz, timestamptz) IS 'Makes a server''s entries in prompt_cache those of p_list, and tells how many these are.';
 
-CREATE FUNCTION _nexus_hub.note_sync(p_server_ref_id uuid, p_server_type text, p_user_id uuid, p_server_id text, p_job_id uuid, p_at timestamptz, p_expires_at timestamptz, p_error text)
+CREATE FUNCTION _nexus_hub.note_sync(p_server_ref_id uuid, p_at timestamptz, p_expires_at timestamptz, p_error text)
 RETURNS void
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    INSERT INTO @extschema@.server_syncs AS y (server_ref_id, server_type, user_id, server_id, job_id, tries, synced_at, expires_at, failed_at, error)
-    VALUES (p_server_ref_id, p_server_type, p_user_id, p_server_id, p_job_id, CASE WHEN p_error IS NULL THEN 0 ELSE 1 END,
-            CASE WHEN p_error IS NULL THEN p_at END, p_expires_at, CASE WHEN p_error IS NOT NULL THEN p_at END, p_error)
-        ON CONFLICT (server_ref_id) DO UPDATE
-           SET server_type = excluded.server_type, user_id = excluded.user_id, server_id = excluded.server_id,
-               tries = CASE WHEN p_error IS NULL THEN 0 ELSE y.tries END,
-               synced_at = coalesce(excluded.synced_at, y.synced_at), expires_at = coalesce(excluded.expires_at, y.expires_at),
-               failed_at = excluded.failed_at, error = excluded.error;
+    UPDATE @extschema@.server_syncs y
+       SET tries = CASE WHEN p_error IS NULL THEN 0 ELSE y.tries END,
+           synced_at = CASE WHEN p_error IS NULL THEN p_at ELSE y.synced_at END,
+           expires_at = coalesce(p_expires_at, y.expires_at),
+           failed_at = CASE WHEN p_error IS NOT NULL THEN p_at END,
+           error = p_error
+     WHERE y.server_ref_id = p_server_ref_id;
 END;
-COMMENT ON FUNCTION _nexus_hub.note_sync(uuid, text, uuid, text, uuid, timestamptz, timestamptz, text) IS 'Writes down how a sync went.';
+COMMENT ON FUNCTION _nexus_hub.note_sync(uuid, timestamptz, timestamptz, text) IS 'Writes down how a sync went.';
 
 CREATE FUNCTION _nexus_hub.settle_sync(p_job_id uuid, p_lease uuid, p_catalogue text, p_error text, p_ttl_minutes integer,
                                        OUT outcome text, OUT answer text)
@@ -1082,8 +1081,7 @@ BEGIN
             answer := jsonb_build_object('tools', tools, 'resources', resources, 'resource_templates', templates, 'prompts', prompts,
                                          'left_out', listed - tools - resources - templates - prompts);
         END IF;
-        PERFORM _nexus_hub.note_sync(v.server_ref_id, v.server_type, v.user_id, v.server_id, p_job_id, at,
-                                     CASE WHEN p_error IS NULL THEN expires_at END, p_error);
+        PERFORM _nexus_hub.note_sync(v.server_ref_id, at, CASE WHEN p_error IS NULL THEN expires_at END, p_error);
         RETURN;
     EXCEPTION
         WHEN lock_not_available OR deadlock_detected THEN
@@ -1097,7 +1095,7 @@ BEGIN
             answer := 'what the server lists cannot be stored: ' || SQLERRM;
     END;
     BEGIN
-        PERFORM _nexus_hub.note_sync(v.server_ref_id, v.server_type, v.user_id, v.server_id, p_job_id, at, NULL, answer);
+        PERFORM _nexus_hub.note_sync(v.server_ref_id, at, NULL, answer);
     EXCEPTION
         WHEN serialization_failure OR operator_intervention THEN
             RAISE;
