@@ -172,20 +172,6 @@ impl Queue {
         })
     }
 
-    /// What ALTER DATABASE … SET says for this database, as text to be compared.
-    pub fn database_settings() -> Result<String, SpiError> {
-        Spi::connect(|client| {
-            let rows = client.select(
-                "SELECT coalesce((SELECT s.setconfig::text FROM pg_catalog.pg_db_role_setting s
-                   WHERE s.setrole = 0 AND s.setdatabase =
-                         (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())), '')",
-                Some(1),
-                &[],
-            )?;
-            Ok(rows.first().get_one::<String>()?.unwrap_or_default())
-        })
-    }
-
     /// A setting of the seeds' own, `app.…`; empty when it is not set.
     pub fn app_setting(name: &str) -> Result<String, SpiError> {
         Spi::connect(|client| {

@@ -1,6 +1,7 @@
 //! The settings, `nexus_hub.*`: private statics with typed getters.
 
 mod cache;
+pub mod database;
 mod retention;
 
 pub use cache::Caching;

@@ -18,6 +18,7 @@ use crate::net::outbound::Outbound;
 use crate::net::{Limits, Net, ThreadGone};
 use crate::pg::bgworker::Waiter;
 use crate::pg::catalog::Extension;
+use crate::pg::guc::database::DatabaseSettings;
 use crate::pg::guc::{Executor, WorkerSettings};
 use crate::pg::shmem::{self, Place, WorkerState, counters};
 use crate::pg::{bgworker, catalog, transaction};
@@ -57,8 +58,8 @@ pub struct Worker {
     pub descriptors: usize,
     pub settings: WorkerSettings,
     pub edge: Option<Result<Edge, String>>,
-    /// What ALTER DATABASE … SET said when this worker connected: it counts only for new connections.
-    pub database_settings: String,
+    /// What this worker goes by: a new one is needed when it changes.
+    pub database_settings: DatabaseSettings,
     /// Whether that has changed since, or how many workers there are: no more jobs, and a new worker as soon as none is
     /// in flight, or after a while.
     pub outdated: bool,

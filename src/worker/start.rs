@@ -17,6 +17,7 @@ use crate::net::outbound::{Egress, Outbound};
 use crate::net::{LimitValues, Limits, Net};
 use crate::pg::bgworker::Waiter;
 use crate::pg::catalog::Extension;
+use crate::pg::guc::database::DatabaseSettings;
 use crate::pg::guc::{self, Executor, WorkerSettings};
 use crate::pg::shmem::{self, WorkerState};
 use crate::pg::{bgworker, catalog, transaction};
@@ -52,12 +53,14 @@ pub fn main(slot: usize) -> i32 {
         let open = || {
             let queue = Queue::open((place.number, place.of))?;
             queue.show_breakers(None)?;
-            let edge = edge()?;
-            Ok::<_, pgrx::spi::SpiError>((extension, queue, Queue::database_settings()?, edge))
+            // What is set from here on, the polls notice.
+            let database_settings = DatabaseSettings::read()?;
+            let outdated = database_settings.catch_up()?;
+            Ok::<_, pgrx::spi::SpiError>((extension, queue, (database_settings, outdated), edge()?))
         };
         open().map(Some).map_err(|problem| problem.to_string())
     });
-    let (extension, queue, database_settings, edge) = match opened {
+    let (extension, queue, (database_settings, outdated), edge) = match opened {
         Ok(Some(opened)) => opened,
         Ok(None) => {
             shmem::audit::forget(database);
@@ -107,7 +110,7 @@ pub fn main(slot: usize) -> i32 {
         settings,
         edge,
         database_settings,
-        outdated: settings.workers != place.of,
+        outdated: outdated || settings.workers != place.of,
         recorder: Recorder::new(now),
         draining_since: None,
         restoring_until: None,

@@ -13,6 +13,7 @@ use crate::domain::schedule::{Counted, LaneId, Pick, Reach};
 use crate::jobs::queue::{Claim, ClaimedJob, Queue};
 use crate::net::{Ending, Retry, Verdict};
 use crate::pg::guc::WorkerSettings;
+use crate::pg::guc::database::DatabaseSettings;
 use crate::pg::shmem::counters;
 use crate::pg::transaction::Durability;
 use crate::pg::{bgworker, catalog, restore, shmem, transaction};
@@ -153,7 +154,7 @@ impl Worker {
             let mut work = || {
                 let mut done = Done { lease, ..Done::default() };
                 if poll {
-                    outdated = Queue::database_settings()? != *database_settings;
+                    outdated = DatabaseSettings::read()? != *database_settings;
                     rotates = is_first && online::is_wanted()?;
                     released = release_abandoned(queue, database, holder, &active, settings.max_crashes)?;
                     if let Some(edge) = &mut *edge {
