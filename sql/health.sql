@@ -20,7 +20,7 @@ RETURNS TABLE (database oid, number integer, workers integer, state text, pid in
 LANGUAGE c VOLATILE PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'workers_wrapper';
 COMMENT ON FUNCTION _nexus_hub.workers() IS
-    'The workers of all databases: which of how many of its database, whether it is starting, running, stuck (it fails again and again, or has done nothing for a minute and three poll intervals) or has ended, its process, when it had done its work last, and its requests in flight.';
+    'The workers of all databases: which of how many of its database, whether it is starting, running, stuck (it fails again and again, or has done nothing for a minute and three poll intervals), draining (another one takes its place, and it finishes its requests) or has ended, its process, when it had done its work last, and its requests in flight.';
 
 CREATE FUNCTION _nexus_hub.vault_problem() RETURNS text
 LANGUAGE c VOLATILE
@@ -174,7 +174,7 @@ BEGIN
     is_preloaded := _nexus_hub.is_preloaded();
     is_standby := pg_is_in_recovery();
     is_enabled := coalesce(current_setting('nexus_hub.enabled', true)::boolean, true);
-    SELECT greatest(_nexus_hub.workers_wanted() - count(*) FILTER (WHERE w.state <> 'ended'), 0), count(*) FILTER (WHERE w.state = 'stuck')
+    SELECT greatest(_nexus_hub.workers_wanted() - count(*) FILTER (WHERE w.state NOT IN ('ended', 'draining')), 0), count(*) FILTER (WHERE w.state = 'stuck')
       INTO missing_workers, stuck_workers
       FROM _nexus_hub.workers() w
      WHERE w.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());

@@ -43,6 +43,7 @@ fn workers() -> TableIterator<
             WorkerState::Starting | WorkerState::Running if is.vigil().is_stuck(poll_interval) => "stuck",
             WorkerState::Starting | WorkerState::Replaced => "starting",
             WorkerState::Running => "running",
+            WorkerState::Draining => "draining",
             WorkerState::NoExtension | WorkerState::Left | WorkerState::Stopped => "ended",
         };
         let last_loop = TimestampWithTimeZone::try_from(is.last_loop).ok();

@@ -2,6 +2,7 @@
 //!
 //! Everything here runs on the process's main thread; nothing here knows the network.
 
+pub mod advisory;
 pub mod app_settings;
 pub mod bgworker;
 pub mod catalog;

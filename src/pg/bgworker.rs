@@ -280,9 +280,23 @@ pub fn reload_requested() -> bool {
     unsafe { std::ptr::read_volatile(&raw const pg_sys::ConfigReloadPending) != 0 }
 }
 
-/// Answers what other processes want of this one (DROP DATABASE waits for such answers).
+/// Has [`reload_configuration`] read the configuration files.
+pub fn request_reload() {
+    // SAFETY: a flag that the signal handler sets.
+    unsafe { std::ptr::write_volatile(&raw mut pg_sys::ConfigReloadPending, 1) };
+}
+
+/// Answers what other processes want of this one (DROP DATABASE waits for such answers). Call it outside transactions: no
+/// statement is running that a cancel request could be meant for.
 pub fn handle_interrupts() {
-    pgrx::check_for_interrupts!();
+    // SAFETY: a counter of this process, as PostgreSQL uses it itself: it keeps a cancel request from becoming an error,
+    // which here would end the process. The check raises no other error: what ends the process does not return.
+    unsafe {
+        pg_sys::QueryCancelHoldoffCount += 1;
+        pgrx::check_for_interrupts!();
+        pg_sys::QueryCancelHoldoffCount -= 1;
+    }
+    forget_cancel_request();
 }
 
 /// Reads the configuration files again if a SIGHUP asked for it, and tells whether it did.

@@ -2,9 +2,9 @@
 
 use pgrx::prelude::*;
 
-/// The databases one can connect to, templates left out. For the launcher, which is connected to none: it can read
-/// the shared catalogues only, and not through SPI. Call it in a transaction.
-pub fn connectable_databases() -> Result<Vec<pg_sys::Oid>, String> {
+/// The databases, and whether one is to have workers: one can connect to it, and it is no template. For the launcher,
+/// which is connected to none: it can read the shared catalogues only, and not through SPI. Call it in a transaction.
+pub fn databases() -> Result<Vec<(pg_sys::Oid, bool)>, String> {
     let mut databases = Vec::new();
     // SAFETY: pg_database is a shared catalogue; the scan is closed before the table, and tuples of pg_database are
     // laid out as FormData_pg_database in every supported version.
@@ -18,9 +18,8 @@ pub fn connectable_databases() -> Result<Vec<pg_sys::Oid>, String> {
             }
             let row: *const pg_sys::FormData_pg_database = pg_sys::GETSTRUCT(tuple).cast();
             // A limit of -2 marks a database that was half dropped.
-            if (*row).datallowconn && !(*row).datistemplate && (*row).datconnlimit != -2 {
-                databases.push((*row).oid);
-            }
+            let is_open = (*row).datallowconn && !(*row).datistemplate && (*row).datconnlimit != -2;
+            databases.push(((*row).oid, is_open));
         }
         // What the macro table_endscan does.
         if let Some(end) = (*(*(*scan).rs_rd).rd_tableam).scan_end {

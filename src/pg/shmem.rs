@@ -37,6 +37,8 @@ pub enum WorkerState {
     Replaced = 4,
     /// Ended in any other way.
     Stopped = 5,
+    /// Finishes what it has begun, beside the one that is to take its place.
+    Draining = 6,
 }
 
 impl WorkerState {
@@ -47,8 +49,14 @@ impl WorkerState {
             2 => Self::NoExtension,
             3 => Self::Left,
             4 => Self::Replaced,
+            6 => Self::Draining,
             _ => Self::Stopped,
         }
+    }
+
+    /// Whether its process may be there, with jobs in flight.
+    fn is_alive(self) -> bool {
+        matches!(self, Self::Starting | Self::Running | Self::Draining)
     }
 }
 
@@ -82,6 +90,8 @@ struct Slot {
     look: AtomicBool,
     /// The worker is to look at everything.
     poll: AtomicBool,
+    /// The worker is to read the configuration files: it may have missed the signal while it came to be.
+    reload: AtomicBool,
     /// Something was committed that the worker has to look for. The latch alone would not do: the worker's own lock
     /// waits and waits for replication use it up.
     wake: AtomicBool,
@@ -94,6 +104,8 @@ struct Slot {
 #[repr(C)]
 struct Shared {
     launcher: AtomicPtr<pg_sys::Latch>,
+    /// Workers that a database is to have, as the launcher knows it; 0: it has not said so yet.
+    workers: AtomicU32,
     rescan: AtomicBool,
     wanted: [AtomicU32; MAX_WANTED],
     slots: [Slot; MAX_WORKERS],
@@ -195,13 +207,17 @@ pub fn nudge(database: pg_sys::Oid, look: bool) -> bool {
     let database = database.to_u32();
     let mut is_there = false;
     for slot in &shared.slots {
-        if slot.database.load(SeqCst) == database && slot.state.load(SeqCst) == WorkerState::Running as u32 {
+        if slot.database.load(SeqCst) != database {
+            continue;
+        }
+        let state = worker_state(slot);
+        if matches!(state, WorkerState::Running | WorkerState::Draining) {
             if look {
                 slot.look.store(true, SeqCst);
             }
             slot.wake.store(true, SeqCst);
             set_latch(&slot.latch);
-            is_there |= place(slot).number == 0;
+            is_there |= state == WorkerState::Running && place(slot).number == 0;
         }
     }
     is_there
@@ -252,7 +268,7 @@ pub fn ask_to_leave(database: pg_sys::Oid) -> bool {
     let Some(shared) = shared() else { return false };
     let mut asked = false;
     for slot in shared.slots.iter().filter(|slot| slot.database.load(SeqCst) == database.to_u32()) {
-        if matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running) {
+        if worker_state(slot).is_alive() {
             slot.leave.store(true, SeqCst);
             set_latch(&slot.latch);
             asked = true;
@@ -287,15 +303,34 @@ pub fn take_wanted() -> Option<Vec<pg_sys::Oid>> {
     (!shared.rescan.swap(false, SeqCst)).then_some(wanted)
 }
 
+/// Makes known how many workers a database is to have: those that share the jobs among another number make room.
+pub fn set_workers(workers: u16) {
+    let Some(shared) = shared() else { return };
+    if shared.workers.swap(workers.into(), SeqCst) != u32::from(workers) {
+        shared.slots.iter().for_each(|slot| set_latch(&slot.latch));
+    }
+}
+
+/// Has workers that are coming to be read the configuration files, because signals are lost until they can take them.
+pub fn pass_reload_on() {
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    for slot in slots.iter().filter(|slot| worker_state(slot) == WorkerState::Starting) {
+        slot.reload.store(true, SeqCst);
+        set_latch(&slot.latch);
+    }
+}
+
 /// Takes a free slot for a worker of a database, after so many that ended soon, in a row.
 pub fn reserve_slot(database: pg_sys::Oid, place: Place, restarts: u32) -> Option<usize> {
     let shared = shared()?;
-    let index = shared.slots.iter().position(|slot| slot.database.load(SeqCst) == 0)?;
+    let is_free = |slot: &Slot| slot.database.load(SeqCst) == 0 && !slot.pulse.is_taken();
+    let index = shared.slots.iter().position(is_free)?;
     let slot = &shared.slots[index];
     slot.state.store(WorkerState::Starting as u32, SeqCst);
     slot.leave.store(false, SeqCst);
     slot.look.store(false, SeqCst);
     slot.poll.store(false, SeqCst);
+    slot.reload.store(false, SeqCst);
     slot.wake.store(false, SeqCst);
     slot.noted.store(0, SeqCst);
     slot.pulse.reserve(restarts);
@@ -309,6 +344,11 @@ pub fn reserve_slot(database: pg_sys::Oid, place: Place, restarts: u32) -> Optio
 /// What has become of the worker in a slot.
 pub fn slot_state(index: usize) -> WorkerState {
     shared().and_then(|shared| shared.slots.get(index)).map_or(WorkerState::Stopped, worker_state)
+}
+
+/// Whether the slot's worker has come to be, and is not gone.
+pub fn slot_is_attached(index: usize) -> bool {
+    shared().and_then(|shared| shared.slots.get(index)).is_some_and(|slot| slot.pulse.is_taken())
 }
 
 /// Whether a worker was woken that did not get to look.
@@ -328,7 +368,7 @@ pub fn slot_place(index: usize) -> Place {
     shared().and_then(|shared| shared.slots.get(index)).map_or(Place { number: 0, of: 1 }, place)
 }
 
-/// Gives a slot back, once its worker is known to be gone.
+/// Gives a slot back, once its worker is known to be gone, and not just about to go.
 pub fn free_slot(index: usize) {
     if let Some(slot) = shared().and_then(|shared| shared.slots.get(index)) {
         slot.latch.store(null_mut(), SeqCst);
@@ -339,15 +379,18 @@ pub fn free_slot(index: usize) {
 // ── A worker's side ──
 
 /// Makes this process the worker of a slot, and returns the slot's database. Undone when the process exits. `None`: the
-/// slot is free, or the database has such a worker already.
+/// slot is free, or another process has it, or the database has such a worker already.
 pub fn attach_worker(index: usize) -> Option<pg_sys::Oid> {
     let shared = shared()?;
     let slot = shared.slots.get(index)?;
+    // From here on until the process is through with it, nobody gives the slot to another one.
+    if !slot.pulse.take() {
+        return None;
+    }
     OWN_SLOT.store(index as u32, SeqCst);
     // SAFETY: registers a callback of this library, which stays loaded.
     unsafe { pg_sys::before_shmem_exit(Some(detach_worker), pg_sys::Datum::from(0)) };
     slot.latch.store(own_latch(), SeqCst);
-    slot.pulse.start();
     let database = slot.database.load(SeqCst);
     let own_place = place(slot);
     let rival = shared.slots.iter().enumerate().any(|(other, slot)| {
@@ -374,6 +417,17 @@ pub fn take_look() -> bool {
     own_slot().is_some_and(|slot| slot.look.swap(false, SeqCst))
 }
 
+/// Whether this worker is to read the configuration files; forgets it.
+pub fn take_reload() -> bool {
+    own_slot().is_some_and(|slot| slot.reload.swap(false, SeqCst))
+}
+
+/// How many workers a database is to have, as the launcher knows it; `None`: it has not said so yet.
+pub fn workers() -> Option<u16> {
+    let workers = shared()?.workers.load(SeqCst);
+    u16::try_from(workers).ok().filter(|workers| *workers > 0)
+}
+
 /// Which of its database's workers this one is.
 pub fn own_place() -> Place {
     own_slot().map_or(Place { number: 0, of: 1 }, place)
@@ -389,10 +443,8 @@ pub fn set_holder(holder: u64) {
 /// What the leases of the database's living workers begin with.
 pub fn live_holders(database: pg_sys::Oid) -> Vec<u64> {
     let slots = shared().map_or(&[][..], |shared| &shared.slots);
-    let live = slots.iter().filter(|slot| {
-        slot.database.load(SeqCst) == database.to_u32()
-            && matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running)
-    });
+    let live =
+        slots.iter().filter(|slot| slot.database.load(SeqCst) == database.to_u32() && worker_state(slot).is_alive());
     live.map(|slot| slot.holder.load(SeqCst)).collect()
 }
 
@@ -425,9 +477,11 @@ fn own_slot() -> Option<&'static Slot> {
 unsafe extern "C-unwind" fn detach_worker(_code: i32, _arg: pg_sys::Datum) {
     if let Some(slot) = own_slot() {
         slot.latch.store(null_mut(), SeqCst);
-        if matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running) {
+        if worker_state(slot).is_alive() {
             slot.state.store(WorkerState::Stopped as u32, SeqCst);
         }
+        // The last of what it does to the slot.
+        slot.pulse.leave();
         if let Some(shared) = shared() {
             set_latch(&shared.launcher);
         }

@@ -51,6 +51,10 @@ impl Backlog {
         Ok(true)
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.outcomes.is_empty()
+    }
+
     /// Whether there are outcomes that can be written at once.
     pub fn has_fresh(&self) -> bool {
         self.fresh().next().is_some()

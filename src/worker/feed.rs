@@ -14,7 +14,7 @@ const MARGIN: Duration = Duration::from_millis(1);
 /// How long jobs that are due now may keep the worker from finding out when the next one is.
 const MAX_UNKNOWN: Duration = Duration::from_millis(10);
 
-/// Work that may take a twentieth of the time.
+/// Work that may take a twentieth of the time, unless it is slow.
 #[derive(Clone, Copy, Debug)]
 pub struct Duty {
     next: Instant,
@@ -22,6 +22,8 @@ pub struct Duty {
 
 impl Duty {
     const SHARE: u32 = 20;
+    /// What was held up once must not keep jobs waiting for long.
+    const MAX_REST: Duration = Duration::from_secs(1);
 
     fn new(now: Instant) -> Self {
         Self { next: now }
@@ -33,7 +35,7 @@ impl Duty {
 
     fn spent(&mut self, since: Instant) {
         let now = Instant::now();
-        self.next = now + now.duration_since(since) * (Self::SHARE - 1);
+        self.next = now + (now.duration_since(since) * (Self::SHARE - 1)).min(Self::MAX_REST);
     }
 }
 

@@ -31,14 +31,21 @@ struct Running {
 }
 
 impl Running {
+    /// Never while a process has the slot, whatever it has said: it may have more to say.
     fn is_over(&self, now: Instant) -> bool {
-        match (&self.handle, shmem::slot_state(self.slot)) {
-            (Some(handle), _) => handle.is_over(),
-            (None, WorkerState::Running) => false,
-            // It may never have come to be: nobody would tell.
-            (None, WorkerState::Starting) => now.duration_since(self.since) >= AWAY_TIME,
-            (None, _) => true,
-        }
+        !shmem::slot_is_attached(self.slot)
+            && match &self.handle {
+                Some(handle) => handle.is_over(),
+                None => self.doubtful_until().is_none_or(|until| now >= until),
+            }
+    }
+
+    /// Until when a worker may still come to be that an earlier launcher has started: nobody would tell.
+    fn doubtful_until(&self) -> Option<Instant> {
+        let is_doubtful = self.handle.is_none()
+            && shmem::slot_state(self.slot) == WorkerState::Starting
+            && !shmem::slot_is_attached(self.slot);
+        is_doubtful.then(|| self.since + AWAY_TIME)
     }
 }
 
@@ -70,6 +77,8 @@ impl Post {
 #[derive(Default)]
 struct Database {
     posts: Vec<Post>,
+    /// Workers that finish what they have begun, beside those in their places.
+    draining: Vec<Running>,
 }
 
 impl Database {
@@ -88,6 +97,24 @@ impl Database {
 
     fn running(&self) -> impl Iterator<Item = &Running> {
         self.posts.iter().filter_map(|post| post.running.as_ref())
+    }
+
+    /// Finds out what has become of the workers.
+    fn notice(&mut self, now: Instant) {
+        for post in &mut self.posts {
+            notice_end(post, now);
+            if let Some(running) = post.running.take_if(|running| is_draining(running.slot)) {
+                post.due = Some(at_once(&running, now));
+                self.draining.push(running);
+            }
+        }
+        self.draining.retain(|running| {
+            let is_over = running.is_over(now);
+            if is_over {
+                shmem::free_slot(running.slot);
+            }
+            !is_over
+        });
     }
 
     /// Has the others started as soon as the first is at work.
@@ -122,16 +149,26 @@ pub fn main() {
     let mut next_scan = Instant::now();
     for (slot, oid, place) in shmem::occupied_slots() {
         let running = Running { slot, handle: None, since: next_scan };
-        databases.entry(oid).or_default().post(place.number).running = Some(running);
+        let database = databases.entry(oid).or_default();
+        if is_draining(slot) {
+            database.draining.push(running);
+        } else {
+            database.post(place.number).running = Some(running);
+        }
     }
+    // One that drains may have nobody in its place yet.
+    databases.values_mut().for_each(|database| database.first().due = Some(next_scan));
     let mut told_no_room = false;
     loop {
         if bgworker::stop_requested() {
             return;
         }
         bgworker::handle_interrupts();
-        bgworker::reload_configuration();
+        if bgworker::reload_configuration() {
+            shmem::pass_reload_on();
+        }
         let workers = guc::workers_per_database();
+        shmem::set_workers(workers);
         let now = Instant::now();
         match shmem::take_wanted() {
             Some(wanted) => {
@@ -145,7 +182,7 @@ pub fn main() {
             }
         }
         for database in databases.values_mut() {
-            database.posts.iter_mut().for_each(|post| notice_end(post, now));
+            database.notice(now);
             database.complete(workers, now);
         }
         // A database may be gone since its worker ended: look before starting another.
@@ -160,10 +197,24 @@ pub fn main() {
         told_no_room = started == Room::None;
         let posts = databases.values().flat_map(|database| &database.posts[..database.posts.len().min(workers.into())]);
         let next = posts.filter(|post| post.running.is_none()).filter_map(|post| post.due);
-        let until = next.chain([next_scan]).min().map_or(RESCAN_INTERVAL, |at| at.saturating_duration_since(now));
+        let doubtful = databases.values().flat_map(Database::running).filter_map(Running::doubtful_until);
+        let until = next
+            .chain(doubtful)
+            .chain([next_scan])
+            .min()
+            .map_or(RESCAN_INTERVAL, |at| at.saturating_duration_since(now));
         // Never a busy loop: what is due but could not be started is tried again in a while.
         bgworker::wait(until.max(if started == Room::None { FIRST_RETRY } else { Duration::from_millis(20) }));
     }
+}
+
+fn is_draining(slot: usize) -> bool {
+    shmem::slot_state(slot) == WorkerState::Draining
+}
+
+/// When to replace a worker that has made room: at once, unless it was there so briefly that the next may do the same.
+fn at_once(running: &Running, now: Instant) -> Instant {
+    if now.duration_since(running.since) < FIRST_RETRY { now + FIRST_RETRY } else { now }
 }
 
 /// Finds out why a worker is gone, and when the next one is due.
@@ -178,9 +229,10 @@ fn notice_end(post: &mut Post, now: Instant) {
     post.due = match state {
         // A wake-up that it did not see may be that of a new CREATE EXTENSION.
         WorkerState::NoExtension if !woken => post.due,
-        WorkerState::NoExtension | WorkerState::Replaced => Some(now),
+        WorkerState::NoExtension => Some(now),
+        WorkerState::Replaced => Some(at_once(&running, now)),
         WorkerState::Left => Some(now + AWAY_TIME),
-        WorkerState::Starting | WorkerState::Running | WorkerState::Stopped => {
+        WorkerState::Starting | WorkerState::Running | WorkerState::Draining | WorkerState::Stopped => {
             let delay = FIRST_RETRY * 2u32.saturating_pow(post.failures.min(16));
             post.failures += 1;
             Some(now + delay.min(LAST_RETRY))
@@ -190,16 +242,21 @@ fn notice_end(post: &mut Post, now: Instant) {
 
 /// Learns of new databases and forgets the ones that are gone.
 fn scan(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) {
-    match transaction::run(c"nexus_hub: reading pg_database", catalog::connectable_databases) {
+    // Looked at before the list is read: what comes up meanwhile may be of a database that is not in it yet.
+    let held: HashSet<_> = shmem::counters::databases().chain(shmem::audit::databases()).collect();
+    match transaction::run(c"nexus_hub: reading pg_database", catalog::databases) {
         Ok(found) => {
-            let found: HashSet<_> = found.into_iter().collect();
-            shmem::audit::retain(|oid| found.contains(&oid));
-            shmem::counters::retain(|oid| found.contains(&oid));
-            databases.retain(|oid, database| found.contains(oid) || database.running().next().is_some());
-            for oid in found {
-                databases
-                    .entry(oid)
-                    .or_insert_with(|| Database { posts: vec![Post { due: Some(now), ..Post::default() }] });
+            let all: HashSet<_> = found.iter().map(|(oid, _)| *oid).collect();
+            let is_gone = |oid| held.contains(&oid) && !all.contains(&oid);
+            shmem::audit::forget_if(is_gone);
+            shmem::counters::forget_if(is_gone);
+            let open: HashSet<_> = found.into_iter().filter(|(_, is_open)| *is_open).map(|(oid, _)| oid).collect();
+            databases.retain(|oid, database| {
+                open.contains(oid) || !database.draining.is_empty() || database.running().next().is_some()
+            });
+            for oid in open {
+                let new = || Database { posts: vec![Post { due: Some(now), ..Post::default() }], draining: Vec::new() };
+                databases.entry(oid).or_insert_with(new);
             }
         }
         Err(problem) => log!("nexus_hub: could not read the list of databases: {}", problem.message),

@@ -55,7 +55,7 @@ struct Found {
 impl Worker {
     /// When [`Worker::record`] has something to do. Right before the wait: entries that are put in later set the latch.
     pub fn record_at(&mut self) -> Option<Instant> {
-        if self.place.number != 0 {
+        if self.place.number != 0 || self.outdated {
             return None;
         }
         let now = Instant::now();

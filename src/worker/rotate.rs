@@ -4,6 +4,7 @@
 //! the worker starts it, and starts another one should it end before that.
 
 use super::{ROTATION, ROTATION_MAIN};
+use crate::pg::advisory::Lock;
 use crate::pg::bgworker::{self, Launched};
 use crate::pg::catalog::Extension;
 use crate::pg::error::ErrorReport;
@@ -49,7 +50,9 @@ pub fn main(database: pg_sys::Oid) {
     bgworker::pin_session_settings();
     // The same plaintexts as before: no trigger needs to know.
     bgworker::pin_setting(c"session_replication_role", c"replica");
-    let extension = transaction::run(c"nexus_hub: starting", || Ok(catalog::extension()));
+    // The worker that started another one before this may be gone, and that one still at work.
+    let extension =
+        transaction::run(c"nexus_hub: starting", || Ok(catalog::extension().filter(|_| Lock::Rotation.take())));
     let Ok(Some(extension)) = extension else { return };
     let process = Process { database, extension };
     let mut rotation = Rotation::new();
@@ -97,12 +100,12 @@ impl Process {
         bgworker::stop_requested() || !shmem::has_worker(self.database)
     }
 
-    /// Rests after so much work, as the setting says.
+    /// Rests after so much work, as the setting says; no longer than until a reload, which may have changed it.
     fn rest(&self, work: Duration) {
         let until = Instant::now() + guc::vault_rotation_rest(work);
         loop {
             let time = until.saturating_duration_since(Instant::now());
-            if time.is_zero() || self.is_to_end() {
+            if time.is_zero() || self.is_to_end() || bgworker::reload_requested() {
                 return;
             }
             bgworker::wait(time.min(PAUSE));

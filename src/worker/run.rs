@@ -32,8 +32,11 @@ use std::time::{Duration, Instant};
 pub const GONE: i32 = 0;
 /// Exit code: a new worker may do better.
 pub const RESTART: i32 = 1;
-/// How long a worker that is to be replaced waits for its requests before it gives their jobs back.
+/// How long a worker that makes room waits for rows that others keep locked, once it has no request in flight.
 const DRAIN_TIME: Duration = Duration::from_secs(30);
+/// How long a worker that ends goes on trying to write what is finished, and how long it waits between two tries.
+const LAST_TIME: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_millis(20);
 /// With so many requests in flight, and fewer outcomes written by the last transaction than that, the next one waits a
 /// moment for more: what a transaction costs by itself is then shared by more jobs, and nobody waits for a single one.
 const GATHER_IN_FLIGHT: usize = 256;
@@ -58,12 +61,15 @@ pub struct Worker {
     pub descriptors: usize,
     pub settings: WorkerSettings,
     pub edge: Option<Result<Edge, String>>,
-    /// What this worker goes by: a new one is needed when it changes.
+    /// What this worker goes by.
     pub database_settings: DatabaseSettings,
-    /// Whether that has changed since, or how many workers there are: no more jobs, and a new worker as soon as none is
-    /// in flight, or after a while.
+    /// Whether they have changed so since, or how many workers there are, that it needs a new worker: this one takes no
+    /// more jobs, and ends when none is in flight.
     pub outdated: bool,
+    /// Since when it makes room for that one, if it does.
     pub draining_since: Option<Instant>,
+    /// The database's settings have changed, and were set.
+    pub settings_due: bool,
     /// Somebody loads a dump: no jobs before it is looked again whether that is over.
     pub restoring_until: Option<Instant>,
     pub schedule: Schedule,
@@ -122,16 +128,20 @@ impl Worker {
                 return self.finish();
             }
             bgworker::handle_interrupts();
-            if bgworker::reload_configuration() {
+            if shmem::take_reload() {
+                bgworker::request_reload();
+            }
+            if bgworker::reload_configuration() | std::mem::take(&mut self.settings_due) {
                 self.take_settings();
             }
+            self.outdated |= shmem::workers().is_some_and(|workers| workers != self.place.of);
             if self.outdated {
-                let since = *self.draining_since.get_or_insert_with(Instant::now);
-                let is_drained = self.in_flight.is_empty()
-                    && !self.backlog.has_fresh()
-                    && !self.outcomes_due
-                    && self.syncs.is_empty();
-                if is_drained || since.elapsed() >= DRAIN_TIME {
+                // From here on there may be another one in this one's place.
+                if self.draining_since.is_none() {
+                    self.draining_since = Some(Instant::now());
+                    shmem::set_worker_state(WorkerState::Draining);
+                }
+                if self.is_drained() {
                     self.finish();
                     shmem::set_worker_state(WorkerState::Replaced);
                     return GONE;
@@ -155,8 +165,11 @@ impl Worker {
                     }
                 }
                 Ok(Step::ExtensionGone { replaced }) => {
+                    // Else what it would forget is that of the one in its place.
+                    if self.draining_since.is_none() {
+                        shmem::audit::forget(self.database);
+                    }
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
-                    shmem::audit::forget(self.database);
                     shmem::set_worker_state(state);
                     return GONE;
                 }
@@ -229,7 +242,8 @@ impl Worker {
             // Jobs that failed before they were sent are outcomes, too.
             || self.backlog.has_fresh()
             || (may_claim && (self.picks_due || self.schedule.has_doomed() || is_feed_due()));
-        let asked = (self.outdated && self.in_flight.is_empty())
+        let asked = (self.outdated && (self.draining_since.is_none() || self.is_drained()))
+            || self.settings_due
             || bgworker::stop_requested()
             || bgworker::reload_requested()
             || shmem::leave_requested();
@@ -245,7 +259,7 @@ impl Worker {
             let look = self.feed.look_for_due_at(self.in_flight.is_empty());
             let jobs = [self.feed.next(&self.schedule), probe, look, self.schedule.window_at()];
             let jobs = jobs.into_iter().flatten().filter(|_| may_claim);
-            let drained = self.draining_since.map(|since| since + DRAIN_TIME);
+            let drained = self.draining_since.filter(|_| self.in_flight.is_empty()).map(|since| since + DRAIN_TIME);
             let next = jobs
                 .chain(self.backlog.look_again())
                 .chain(drained)
@@ -264,6 +278,14 @@ impl Worker {
         self.waiter.wait(time);
     }
 
+    /// Whether a worker that makes room has nothing left to do.
+    fn is_drained(&self) -> bool {
+        let is_over = self.draining_since.is_some_and(|since| since.elapsed() >= DRAIN_TIME);
+        self.in_flight.is_empty()
+            && !self.outcomes_due
+            && (is_over || (self.backlog.is_empty() && self.syncs.is_empty()))
+    }
+
     /// Whether it takes jobs at all.
     pub fn may_claim(&self) -> bool {
         self.settings.enabled && !self.outdated && self.restoring_until.is_none()
@@ -276,7 +298,6 @@ impl Worker {
         if let Err(problem) = self.outbound.configure(start::egress(&self.settings, self.descriptors)) {
             log!("nexus_hub: {problem}; requests go as before");
         }
-        self.outdated |= self.settings.workers != self.place.of;
         // What the executor's URL and key are now is read by the poll.
         self.edge = (self.settings.executor == Executor::Edge).then(|| Err("the executor is not known yet".into()));
         // The poll looks whether the database's settings have changed, too.
@@ -287,18 +308,28 @@ impl Worker {
     /// Writes what is finished, and gives back what is in flight.
     fn finish(&mut self) -> i32 {
         self.settings.enabled = false;
-        self.not_before = None;
+        let begin = Instant::now();
         loop {
+            self.not_before = None;
             let more = self.collect().is_ok() && self.outcomes_due;
             match self.step() {
                 Ok(Step::Done(done)) => self.settle(done),
-                _ => break,
+                Ok(Step::ExtensionGone { .. }) => break,
+                Err(failure) => {
+                    if self.failed(failure).is_some() {
+                        break;
+                    }
+                }
             }
-            if !more {
+            if (!more && self.backlog.is_empty()) || begin.elapsed() >= LAST_TIME {
                 break;
             }
+            // Somebody keeps rows locked, perhaps for a moment only.
+            if !more {
+                std::thread::sleep(LAST_PAUSE);
+            }
         }
-        let held = self.in_flight.keys().copied().chain(self.syncs.claims());
+        let held = self.in_flight.keys().copied().chain(self.syncs.claims()).chain(self.backlog.claims());
         let leases: HashSet<_> = held.map(|(_, lease)| lease).collect();
         if !leases.is_empty() {
             let (extension, queue) = (self.extension, &self.queue);
@@ -313,7 +344,9 @@ impl Worker {
                 log!("nexus_hub: the jobs in flight were not given back: {}", failure.message);
             }
         }
-        self.record_last();
+        if self.draining_since.is_none() || !shmem::has_worker(self.database) {
+            self.record_last();
+        }
         if shmem::leave_requested() {
             shmem::set_worker_state(WorkerState::Left);
         }

@@ -33,6 +33,8 @@ use uuid::Uuid;
 const OTHER_DESCRIPTORS: usize = 200;
 /// A worker that starts within this time of its server starts with it.
 const PROMPT_START: Duration = Duration::from_secs(10);
+/// How long to wait before the first transaction is tried again.
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// How long a worker is wary that was started later.
 const WARY_TIME: Duration = Duration::from_secs(60);
 
@@ -45,22 +47,32 @@ pub fn main(slot: usize) -> i32 {
     let place = shmem::own_place();
     bgworker::start(Some(database));
     bgworker::pin_session_settings();
-    let opened = transaction::run(c"nexus_hub: starting", || {
-        // The same lock as in every later transaction: the extension can't go while its functions are looked up.
-        let Some(extension) = catalog::extension().filter(|extension| catalog::hold_extension(*extension)) else {
-            return Ok(None);
-        };
-        let open = || {
-            let queue = Queue::open((place.number, place.of))?;
-            queue.show_breakers(None)?;
-            // What is set from here on, the polls notice.
-            let database_settings = DatabaseSettings::read()?;
-            let outdated = database_settings.catch_up()?;
-            Ok::<_, pgrx::spi::SpiError>((extension, queue, (database_settings, outdated), edge()?))
-        };
-        open().map(Some).map_err(|problem| problem.to_string())
-    });
-    let (extension, queue, (database_settings, outdated), edge) = match opened {
+    let open = |extension: Extension| {
+        let queue = Queue::open((place.number, place.of))?;
+        queue.show_breakers(None)?;
+        // What is set from here on, the polls notice.
+        let database_settings = DatabaseSettings::read()?;
+        let is_reset = database_settings.catch_up()?;
+        Ok::<_, pgrx::spi::SpiError>((extension, queue, (database_settings, is_reset), edge()?))
+    };
+    let opened = loop {
+        let opened = transaction::run(c"nexus_hub: starting", || {
+            // The same lock as in every later transaction: the extension can't go while its functions are looked up.
+            match catalog::extension().filter(|extension| catalog::hold_extension(*extension)) {
+                Some(extension) => open(extension).map(Some).map_err(|problem| problem.to_string()),
+                None => Ok(None),
+            }
+        });
+        match opened {
+            // Somebody makes, changes or drops the extension, and takes longer than a lock is waited for.
+            Err(problem) if problem.transient && !bgworker::stop_requested() && !shmem::leave_requested() => {
+                bgworker::wait(RETRY_DELAY);
+                bgworker::handle_interrupts();
+            }
+            opened => break opened,
+        }
+    };
+    let (extension, queue, (database_settings, is_reset), edge) = match opened {
         Ok(Some(opened)) => opened,
         Ok(None) => {
             shmem::audit::forget(database);
@@ -110,9 +122,10 @@ pub fn main(slot: usize) -> i32 {
         settings,
         edge,
         database_settings,
-        outdated: outdated || settings.workers != place.of,
+        outdated: is_reset,
         recorder: Recorder::new(now),
         draining_since: None,
+        settings_due: false,
         restoring_until: None,
         schedule: Schedule::new(caps(&settings), rules(&settings), Box::new(SharedMeter)),
         feed: Feed::new(now),

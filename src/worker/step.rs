@@ -106,6 +106,10 @@ impl Worker {
         let changes = self.schedule.breaker_changes(now);
         self.breakers.retain(|old| !changes.iter().any(|new| new.host == old.host));
         self.breakers.extend(changes);
+        if self.outdated {
+            // What the one in its place knows of them is shown.
+            self.breakers.clear();
+        }
         let look = poll || (std::mem::take(&mut self.look_due) && !self.in_flight.is_empty());
         let is_idle = batch.is_empty() && self.picks.is_empty() && self.breakers.is_empty() && !reads && !look;
         let is_due_asked = self.feed.look_for_due_at(is_idle && self.in_flight.is_empty()).is_some_and(|at| now >= at);
@@ -138,10 +142,10 @@ impl Worker {
             HashSet::new()
         };
         let mut replaced = false;
-        let mut outdated = false;
+        let mut later = None;
         let mut released = 0;
         let mut rotates = false;
-        let is_first = self.place.number == 0;
+        let is_first = self.place.number == 0 && !self.outdated;
         // A claim that is lost in a crash leaves a job pending, as it was. So the requests need not wait until it is on
         // disk; it is put there while they are on their way.
         let durability = if batch.is_empty() && !poll { Durability::Later } else { Durability::AtCommit };
@@ -154,7 +158,7 @@ impl Worker {
             let mut work = || {
                 let mut done = Done { lease, ..Done::default() };
                 if poll {
-                    outdated = DatabaseSettings::read()? != *database_settings;
+                    later = Some(DatabaseSettings::read()?).filter(|later| later != database_settings);
                     rotates = is_first && online::is_wanted()?;
                     released = release_abandoned(queue, database, holder, &active, settings.max_crashes)?;
                     if let Some(edge) = &mut *edge {
@@ -222,7 +226,11 @@ impl Worker {
         self.failures = 0;
         self.not_before = None;
         self.picks_due = may_claim && (self.schedule.has_more() || poll);
-        self.outdated |= outdated;
+        if let Some(later) = later {
+            self.outdated |= self.database_settings.follow(&later);
+            self.database_settings = later;
+            self.settings_due = true;
+        }
         self.breakers.clear();
         if poll {
             self.next_poll = now + self.settings.poll_interval;

@@ -7,6 +7,7 @@ mod cleanup;
 mod edge;
 mod egress;
 mod guide;
+mod handover;
 mod health;
 mod hostile;
 mod http;

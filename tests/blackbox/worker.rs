@@ -482,62 +482,6 @@ fn an_outcome_counts_only_for_the_claim_it_belongs_to() {
 }
 
 #[test]
-fn a_switch_set_for_a_database_takes_effect_with_a_reload_in_both_directions() {
-    let cluster = Cluster::start(&[]);
-    let database = cluster.database();
-    let server = echo();
-    works(&database, &server);
-    let mut client = database.connect();
-    let switch = |client: &mut postgres::Client, how: &str| {
-        client
-            .batch_execute(&format!("ALTER DATABASE {} {how}; SELECT pg_reload_conf()", database.name))
-            .expect("ALTER DATABASE");
-    };
-    let first = database.worker();
-    switch(&mut client, "SET nexus_hub.enabled = off");
-    wait_until("a worker with the new setting", || database.worker().is_some_and(|pid| Some(pid) != first));
-    insert_jobs(&mut client, &server.url, 1);
-    let job = "SELECT status FROM wait_for_job((SELECT id FROM job_results WHERE status <> 'completed'), 500)";
-    assert_eq!(value::<String>(&mut client, job), "pending");
-    switch(&mut client, "RESET nexus_hub.enabled");
-    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 2);
-}
-
-#[test]
-fn a_switch_set_for_a_database_while_its_worker_starts_is_not_missed() {
-    let cluster = Cluster::start(&[]);
-    let database = cluster.database();
-    let server = echo();
-    works(&database, &server);
-    let mut client = database.connect();
-    // A worker has connected, and comes no further than this lock, while the switch is set.
-    let mut starting = |how: &str| {
-        let old = database.worker();
-        let mut other = database.connect();
-        let mut lock = other.transaction().expect("BEGIN");
-        lock.batch_execute("LOCK pg_catalog.pg_extension").expect("LOCK");
-        lock.execute("SELECT pg_terminate_backend($1)", &[&old]).expect("the old worker");
-        wait_until("the new worker waits", || {
-            lock.query_one(
-                "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'pg_catalog.pg_extension'::regclass)",
-                &[],
-            )
-            .expect("pg_locks")
-            .get(0)
-        });
-        client.batch_execute(&format!("ALTER DATABASE {} {how}", database.name)).expect("ALTER DATABASE");
-        lock.commit().expect("COMMIT");
-    };
-    starting("SET nexus_hub.enabled = off");
-    let mut client = database.connect();
-    insert_jobs(&mut client, &server.url, 1);
-    let job = "SELECT status FROM wait_for_job((SELECT id FROM job_results WHERE status <> 'completed'), 500)";
-    assert_eq!(value::<String>(&mut client, job), "pending");
-    starting("RESET nexus_hub.enabled");
-    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 2);
-}
-
-#[test]
 fn keys_that_a_reload_finds_broken_are_logged() {
     let cluster = Cluster::start(&[]);
     let database = cluster.database();

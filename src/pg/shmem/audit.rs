@@ -203,18 +203,22 @@ pub fn free(slots: Vec<Full>) {
 
 /// Forgets what is there of a database without the extension: nobody will write it.
 pub fn forget(database: pg_sys::Oid) {
-    forget_if(|other| other == database.to_u32());
+    forget_if(|other| other == database);
+}
+
+/// The databases that something is there of.
+pub fn databases() -> impl Iterator<Item = pg_sys::Oid> {
+    let slots = shared().map_or(&[][..], |shared| &shared.audit.slots);
+    let full = slots.iter().filter(|slot| slot.state.load(Acquire) == FULL);
+    full.map(|slot| slot.database.load(Relaxed).into()).chain(tally::databases())
 }
 
 /// Forgets what is there of databases that are gone.
-pub fn retain(is_there: impl Fn(pg_sys::Oid) -> bool) {
-    forget_if(|database| !is_there(database.into()));
-}
-
-fn forget_if(is_gone: impl Fn(u32) -> bool) {
+pub fn forget_if(is_gone: impl Fn(pg_sys::Oid) -> bool) {
     tally::forget(&is_gone);
     let slots = shared().map_or(&[][..], |shared| &shared.audit.slots);
-    for slot in slots.iter().filter(|slot| slot.state.load(Acquire) == FULL && is_gone(slot.database.load(Relaxed))) {
+    let full = slots.iter().filter(|slot| slot.state.load(Acquire) == FULL);
+    for slot in full.filter(|slot| is_gone(slot.database.load(Relaxed).into())) {
         slot.state.store(FREE, Release);
     }
 }

@@ -24,7 +24,7 @@ struct Row {
 #[repr(C)]
 pub(super) struct Counters([Row; MAX_DATABASES]);
 
-/// The row of this process's database, which stays the same as long as the process is connected to it.
+/// The row of this process's database, as it was last.
 static OWN: AtomicUsize = AtomicUsize::new(UNKNOWN);
 
 fn rows() -> &'static [Row] {
@@ -34,10 +34,10 @@ fn rows() -> &'static [Row] {
 /// Found, or taken.
 fn own_row() -> Option<&'static Row> {
     let rows = rows();
-    if let Some(row) = rows.get(OWN.load(Relaxed)) {
+    let database = identity::database().to_u32();
+    if let Some(row) = rows.get(OWN.load(Relaxed)).filter(|row| row.database.load(Relaxed) == database) {
         return Some(row);
     }
-    let database = identity::database().to_u32();
     if database == 0 {
         return None;
     }
@@ -79,11 +79,16 @@ pub fn of(database: pg_sys::Oid) -> Option<impl Fn(usize) -> u64> {
     shared().map(|_| move |place| own.iter().map(|row| number(row, place)).sum())
 }
 
+/// The databases that something is counted of.
+pub fn databases() -> impl Iterator<Item = pg_sys::Oid> {
+    rows().iter().map(|row| row.database.load(SeqCst)).filter(|database| *database != 0).map(Into::into)
+}
+
 /// Forgets the databases that are gone.
-pub fn retain(is_there: impl Fn(pg_sys::Oid) -> bool) {
+pub fn forget_if(is_gone: impl Fn(pg_sys::Oid) -> bool) {
     for row in rows() {
         let database = row.database.load(SeqCst);
-        if database != 0 && !is_there(database.into()) {
+        if database != 0 && is_gone(database.into()) {
             row.numbers.iter().for_each(|number| number.store(0, SeqCst));
             row.database.store(0, SeqCst);
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 #[repr(C)]
 pub(super) struct Pulse {
+    /// The process that has the slot; 0: none, yet or any more.
     pid: AtomicU32,
     /// When it was asked for, as PostgreSQL counts time.
     since: AtomicI64,
@@ -20,15 +21,24 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
-    pub(super) fn start(&self) {
+    /// Gives the slot to this process, unless another one has it.
+    pub(super) fn take(&self) -> bool {
         // SAFETY: a plain global, set once before any code of ours runs in a process.
         let pid = unsafe { pg_sys::MyProcPid };
-        self.pid.store(pid.cast_unsigned(), SeqCst);
+        self.pid.compare_exchange(0, pid.cast_unsigned(), SeqCst, SeqCst).is_ok()
+    }
+
+    /// This process is through with the slot.
+    pub(super) fn leave(&self) {
+        self.pid.store(0, SeqCst);
+    }
+
+    pub(super) fn is_taken(&self) -> bool {
+        self.pid.load(SeqCst) != 0
     }
 
     /// It is asked for.
     pub(super) fn reserve(&self, restarts: u32) {
-        self.pid.store(0, SeqCst);
         self.since.store(identity::now(), SeqCst);
         self.last_loop.store(identity::now(), SeqCst);
         self.restarts.store(restarts, SeqCst);

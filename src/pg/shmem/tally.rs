@@ -98,10 +98,16 @@ pub fn take(database: pg_sys::Oid, what: What, mut count: u64) {
     }
 }
 
+/// The databases that there are numbers of.
+pub(super) fn databases() -> impl Iterator<Item = pg_sys::Oid> {
+    let ready = tallies().iter().filter(|tally| tally.state.load(SeqCst) == READY);
+    ready.map(|tally| tally.database.load(SeqCst).into())
+}
+
 /// Forgets the numbers of databases that are gone, or have the extension no more.
-pub(super) fn forget(is_gone: impl Fn(u32) -> bool) {
+pub(super) fn forget(is_gone: impl Fn(pg_sys::Oid) -> bool) {
     for tally in tallies().iter().filter(|tally| tally.state.load(SeqCst) == READY) {
-        if is_gone(tally.database.load(SeqCst)) {
+        if is_gone(tally.database.load(SeqCst).into()) {
             tally.state.store(FREE, SeqCst);
         }
     }

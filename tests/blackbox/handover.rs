@@ -1,0 +1,378 @@
+//! Workers that make room for others: when their settings or their number change, and what becomes of what they have begun.
+
+use crate::support::*;
+use postgres::Client;
+use serde_json::json;
+use uuid::Uuid;
+
+fn echo() -> FakeServer {
+    FakeServer::start(|_| Some(Answer::json("{}")))
+}
+
+fn get(client: &mut Client, url: &str) -> Uuid {
+    client.query_one("SELECT http_get($1)", &[&url]).expect("http_get").get(0)
+}
+
+fn reload(client: &mut Client) {
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+}
+
+/// Sets or resets something for the database, and has the server take it in.
+fn alter(client: &mut Client, database: &Database<'_>, how: &str) {
+    client.batch_execute(&format!("ALTER DATABASE {} {how}", database.name)).expect("ALTER DATABASE");
+    reload(client);
+}
+
+/// A database whose worker knows, since it has connected, of a setting that can be reset.
+fn with_a_switch(cluster: &Cluster) -> Database<'_> {
+    let database = cluster.empty_database();
+    let mut client = database.connect();
+    client
+        .batch_execute(&format!("ALTER DATABASE {} SET nexus_hub.enabled = on", database.name))
+        .expect("ALTER DATABASE");
+    client.batch_execute("CREATE EXTENSION nexus_hub").expect("CREATE EXTENSION");
+    database
+}
+
+fn runs(client: &mut Client, server: &FakeServer) {
+    run_http(client, json!({"url": server.url})).completed();
+}
+
+/// The processes of a kind, those of workers or of rotations.
+fn processes(client: &mut Client, kind: &str) -> Vec<i32> {
+    let query =
+        "SELECT pid FROM pg_stat_activity WHERE backend_type = $1 AND datname = current_database() ORDER BY pid";
+    client.query(query, &[&kind]).expect("pg_stat_activity").iter().map(|row| row.get(0)).collect()
+}
+
+const WORKER: &str = "nexus_hub worker";
+
+/// Waits until the worker takes no jobs: one that is put in stays pending for a while.
+fn wait_until_off(client: &mut Client, server: &FakeServer) {
+    wait_until("the switch is off", || {
+        let job = get(client, &server.url);
+        let status = "SELECT status FROM wait_for_job($1, 500)";
+        client.query_one(status, &[&job]).expect("wait_for_job").get::<_, String>(0) == "pending"
+    });
+}
+
+fn wait_until_all_are_completed(client: &mut Client) {
+    wait_until("all are completed", || value(client, "SELECT bool_and(status = 'completed') FROM job_results"));
+}
+
+#[test]
+fn what_is_set_for_a_database_takes_effect_at_once_and_in_the_same_worker() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = echo();
+    runs(&mut client, &server);
+    let workers = processes(&mut client, WORKER);
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    alter(&mut client, &database, "SET nexus_hub.enabled = off");
+    wait_until_off(&mut client, &server);
+    assert_eq!(processes(&mut client, WORKER), workers);
+    gate.open();
+    wait_for_job(&mut client, job).completed();
+    alter(&mut client, &database, "RESET nexus_hub.enabled");
+    wait_until_all_are_completed(&mut client);
+    assert_eq!(slow.requests().len(), 1);
+}
+
+#[test]
+fn what_is_set_for_all_or_for_the_worker_s_user_takes_effect_too() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = echo();
+    runs(&mut client, &server);
+    for whose in ["ROLE ALL", "ROLE postgres"] {
+        for (number, how) in ["SET nexus_hub.enabled = off", "RESET nexus_hub.enabled"].into_iter().enumerate() {
+            client.batch_execute(&format!("ALTER {whose} {how}")).expect("ALTER ROLE");
+            reload(&mut client);
+            if number == 0 {
+                wait_until_off(&mut client, &server);
+            } else {
+                wait_until_all_are_completed(&mut client);
+            }
+        }
+    }
+}
+
+#[test]
+fn settings_of_others_change_no_worker() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = echo();
+    runs(&mut client, &server);
+    let workers = processes(&mut client, WORKER);
+    alter(&mut client, &database, "SET work_mem = '5MB'");
+    alter(&mut client, &database, "RESET work_mem");
+    alter(&mut client, &database, "SET nexus_hub.enabled = off");
+    wait_until_off(&mut client, &server);
+    assert_eq!(processes(&mut client, WORKER), workers);
+}
+
+#[test]
+fn a_worker_that_makes_room_finishes_its_requests_and_holds_up_no_job() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'", "nexus_hub.request_timeout = '1h'"]);
+    let database = with_a_switch(&cluster);
+    let mut client = database.connect();
+    let server = echo();
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    let old = processes(&mut client, WORKER);
+    alter(&mut client, &database, "RESET nexus_hub.enabled");
+    wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+    let draining = "SELECT count(*) FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w
+                     WHERE w ->> 'state' = 'draining' AND w ->> 'in_flight' = '1'";
+    wait_until("it is seen to drain", || value::<i64>(&mut client, draining) == 1);
+    runs(&mut client, &server);
+    // What it has in flight is its own: it can be cancelled, and nobody gives it back.
+    let other = get(&mut client, &server.url);
+    wait_for_job(&mut client, other).completed();
+    let state = "SELECT status, crashes, attempt FROM job_results WHERE id = $1";
+    let row = client.query_one(state, &[&job]).expect("the job");
+    assert_eq!((row.get(0), row.get(1), row.get(2)), ("running".to_owned(), 0, 1));
+    gate.open();
+    wait_for_job(&mut client, job).completed();
+    wait_until("the old one is gone", || {
+        let now = processes(&mut client, WORKER);
+        now.len() == 1 && now != old
+    });
+    assert_eq!(slow.requests().len(), 1);
+    let row = client.query_one(state, &[&job]).expect("the job");
+    assert_eq!((row.get(0), row.get(1), row.get(2)), ("completed".to_owned(), 0, 1));
+}
+
+#[test]
+fn a_job_of_a_worker_that_makes_room_can_be_cancelled() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'", "nexus_hub.request_timeout = '1h'"]);
+    let database = with_a_switch(&cluster);
+    let mut client = database.connect();
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    alter(&mut client, &database, "RESET nexus_hub.enabled");
+    wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+    client.execute("SELECT cancel_job($1)", &[&job]).expect("cancel_job");
+    wait_until("the old one is gone", || processes(&mut client, WORKER).len() == 1);
+    gate.open();
+}
+
+#[test]
+fn an_answer_whose_row_is_locked_is_kept_when_its_worker_makes_room() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'"]);
+    let database = with_a_switch(&cluster);
+    let mut client = database.connect();
+    for how in ["RESET nexus_hub.enabled", "number"] {
+        let gate = Gate::default();
+        let slow = gate.server();
+        let job = get(&mut client, &slow.url);
+        wait_until("it is in flight", || {
+            client
+                .query_one("SELECT status = 'running' FROM job_results WHERE id = $1", &[&job])
+                .expect("the job")
+                .get::<_, bool>(0)
+                && slow.requests().len() == 1
+        });
+        let mut locking = database.connect();
+        let mut lock = locking.transaction().expect("BEGIN");
+        lock.execute("SELECT FROM job_results WHERE id = $1 FOR UPDATE", &[&job]).expect("a lock");
+        gate.open();
+        wait_until("the answer is there", || {
+            let in_flight =
+                "SELECT bool_and(w ->> 'in_flight' = '0') FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w";
+            value::<Option<bool>>(&mut client, in_flight) == Some(true)
+        });
+        if how == "number" {
+            cluster.configure(&["nexus_hub.poll_interval = '1h'", "nexus_hub.workers_per_database = 2"]);
+            reload(&mut client);
+        } else {
+            alter(&mut client, &database, how);
+        }
+        let draining = "SELECT count(*) FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w WHERE w ->> 'state' = 'draining'";
+        wait_until("the worker drains", || value::<i64>(&mut client, draining) == 1);
+        lock.rollback().expect("ROLLBACK");
+        wait_for_job(&mut client, job).completed();
+        assert_eq!(slow.requests().len(), 1, "{how}");
+    }
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM job_results WHERE crashes > 0 OR failures > 0"), 0);
+}
+
+#[test]
+fn an_answer_whose_row_is_locked_for_a_moment_is_kept_when_its_worker_is_ended() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || count_jobs(&mut client, "running") == 1 && slow.requests().len() == 1);
+    let mut locking = database.connect();
+    let mut lock = locking.transaction().expect("BEGIN");
+    lock.execute("SELECT FROM job_results WHERE id = $1 FOR UPDATE", &[&job]).expect("a lock");
+    gate.open();
+    wait_until("the answer is there", || {
+        let in_flight = "SELECT nexus_hub_health() -> 'workers' -> 0 ->> 'in_flight' = '0'";
+        value::<Option<bool>>(&mut client, in_flight) == Some(true)
+    });
+    // As a fast shutdown does it: the one who keeps the lock is ended, too.
+    let worker = database.worker().expect("a worker");
+    cluster.signal("TERM", worker);
+    lock.rollback().expect("ROLLBACK");
+    wait_for_job(&mut client, job).completed();
+    wait_until("it has ended", || database.worker() != Some(worker));
+    assert_eq!(slow.requests().len(), 1);
+    assert_eq!(value::<i32>(&mut client, "SELECT crashes FROM job_results"), 0);
+}
+
+#[test]
+fn a_number_of_workers_that_is_written_but_not_loaded_changes_nothing() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let server = echo();
+    runs(&mut client, &server);
+    cluster.configure(&["nexus_hub.workers_per_database = 2"]);
+    for _ in 0..3 {
+        let worker = database.wait_for_worker();
+        cluster.signal("TERM", worker);
+        wait_until("it is gone", || database.worker() != Some(worker));
+        runs(&mut client, &server);
+        assert_eq!(processes(&mut client, WORKER).len(), 1);
+    }
+    reload(&mut client);
+    wait_until("there are two", || processes(&mut client, WORKER).len() == 2);
+    runs(&mut client, &server);
+}
+
+#[test]
+fn a_cancel_request_ends_neither_the_worker_nor_the_launcher() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    let all = "SELECT array_agg(pid ORDER BY pid) FROM pg_stat_activity WHERE backend_type LIKE 'nexus_hub%'";
+    let before: Vec<i32> = value(&mut client, all);
+    assert_eq!(before.len(), 2);
+    for _ in 0..20 {
+        client
+            .batch_execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE backend_type LIKE 'nexus_hub%'")
+            .expect("cancel");
+        runs(&mut client, &echo());
+    }
+    gate.open();
+    wait_for_job(&mut client, job).completed();
+    assert_eq!(value::<Vec<i32>>(&mut client, all), before);
+    assert_eq!(slow.requests().len(), 1);
+}
+
+#[test]
+fn a_launcher_that_comes_anew_leaves_those_alone_that_make_room() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = 100", "nexus_hub.request_timeout = '1h'"]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    let server = echo();
+    for number in 1..=3 {
+        // A worker for each, beside the first one.
+        alter(&mut client, &database, "SET nexus_hub.enabled = off");
+        wait_until_off(&mut client, &server);
+        alter(&mut client, &database, "RESET nexus_hub.enabled");
+        let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'nexus_hub launcher'";
+        let old: i32 = value(&mut client, launcher);
+        cluster.signal("TERM", old);
+        wait_until("there is a new launcher", || {
+            value::<Option<i32>>(&mut client, &format!("SELECT ({launcher})")).is_some_and(|pid| pid != old)
+        });
+        wait_until("there is one worker beside the first", || processes(&mut client, WORKER).len() == 2);
+        runs(&mut client, &server);
+        assert_eq!(slow.requests().len(), 1, "{number}");
+    }
+    gate.open();
+    wait_for_job(&mut client, job).completed();
+    wait_until("there is one worker", || processes(&mut client, WORKER).len() == 1);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM job_results WHERE crashes > 0"), 0);
+    assert_eq!(slow.requests().len(), 1);
+    let log = cluster.log();
+    assert!(!log.contains("gave back"), "{log}");
+}
+
+#[test]
+fn a_database_that_is_closed_for_a_while_keeps_its_counters() {
+    let cluster = Cluster::start(&[]);
+    let (one, other) = (cluster.database(), cluster.database());
+    let server = echo();
+    let mut client = one.connect();
+    for _ in 0..3 {
+        runs(&mut client, &server);
+    }
+    drop(client);
+    let completed = |client: &mut Client| -> i64 {
+        value(
+            client,
+            "SELECT coalesce(sum(split_part(line, ' ', 2)::numeric), 0)::bigint
+               FROM string_to_table(nexus_hub_metrics(), E'\\n') AS line
+              WHERE line LIKE 'nexus_hub_jobs_total%completed%'",
+        )
+    };
+    let mut postgres = cluster.connect("postgres");
+    postgres.batch_execute(&format!("ALTER DATABASE {} ALLOW_CONNECTIONS false", one.name)).expect("ALTER DATABASE");
+    // Databases that are new have the list read again.
+    let new: Vec<_> = (0..2).map(|_| cluster.database()).collect();
+    for database in new.iter().chain([&other]) {
+        let mut client = database.connect();
+        runs(&mut client, &server);
+        assert_eq!(completed(&mut client), 1);
+    }
+    postgres.batch_execute(&format!("ALTER DATABASE {} ALLOW_CONNECTIONS true", one.name)).expect("ALTER DATABASE");
+    assert_eq!(completed(&mut one.connect()), 3);
+}
+
+#[test]
+fn a_switch_set_for_a_database_while_its_worker_starts_is_not_missed() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let server = echo();
+    let mut client = database.connect();
+    runs(&mut client, &server);
+    // A worker has connected, and comes no further than this lock, while the switch is set.
+    let mut starting = |how: &str| {
+        let old = database.worker();
+        let mut other = database.connect();
+        let mut lock = other.transaction().expect("BEGIN");
+        lock.batch_execute("LOCK pg_catalog.pg_extension").expect("LOCK");
+        lock.execute("SELECT pg_terminate_backend($1)", &[&old]).expect("the old worker");
+        wait_until("the new worker waits", || {
+            lock.query_one(
+                "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'pg_catalog.pg_extension'::regclass)",
+                &[],
+            )
+            .expect("pg_locks")
+            .get(0)
+        });
+        client.batch_execute(&format!("ALTER DATABASE {} {how}", database.name)).expect("ALTER DATABASE");
+        lock.commit().expect("COMMIT");
+    };
+    starting("SET nexus_hub.enabled = off");
+    let mut client = database.connect();
+    get(&mut client, &server.url);
+    let job = "SELECT status FROM wait_for_job((SELECT id FROM job_results WHERE status <> 'completed'), 500)";
+    assert_eq!(value::<String>(&mut client, job), "pending");
+    starting("RESET nexus_hub.enabled");
+    wait_until("the job is completed", || count_jobs(&mut client, "completed") == 2);
+}
