@@ -393,7 +393,7 @@ fn the_worker_syncs_again_before_entries_expire_and_those_that_have() {
     synced(&mut client, id);
     let ttl: f64 = value(&mut client, "SELECT extract(epoch FROM expires_at - updated_at)::float8 FROM tool_cache");
     assert_eq!(ttl, 600.0);
-    client.batch_execute("UPDATE tool_cache SET expires_at = now() + interval '61 seconds'").expect("UPDATE");
+    client.batch_execute("UPDATE tool_cache SET expires_at = now() + interval '119 seconds'").expect("UPDATE");
     let looks = |client: &mut Client| value::<i64>(client, "SELECT count(*) FROM job_results");
     // In a minute a tenth of the time is left. What shows that it has looked meanwhile is the server that is due.
     let second = add_server(&mut client, "second", json!({"url": server.url}));
@@ -442,7 +442,7 @@ fn a_sync_that_fails_is_tried_again_less_and_less_often() {
     expire(&mut client);
     wait_until("it has failed", || jobs(&mut client) == 1 && error(&mut client).is_some());
     assert_eq!(tries(&mut client), 1);
-    for (tries_before, too_early, late_enough) in [(1, "299 seconds", "301 seconds"), (2, "599 seconds", "601 seconds")]
+    for (tries_before, too_early, late_enough) in [(1, "200 seconds", "301 seconds"), (2, "500 seconds", "601 seconds")]
     {
         // Another server's sync shows that the worker has looked.
         let other =

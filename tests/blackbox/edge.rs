@@ -109,7 +109,7 @@ fn a_sync_is_the_executors_too() {
     let mut client = database.connect();
     let id = add_server(&mut client, "s", json!({"url": "https://host.example/mcp"}));
     let job: Uuid = client.query_one("SELECT sync_server($1)", &[&id]).expect("sync_server").get(0);
-    let got = handed.recv_timeout(std::time::Duration::from_secs(60)).expect("a request");
+    let got = handed.recv_timeout(std::time::Duration::from_secs(300)).expect("a request");
     assert_eq!((&got["job_type"], &got["job_id"]), (&json!("server_sync"), &json!(job.to_string())));
     assert_eq!((&got["server_id"], &got["user_id"]), (&json!("s"), &json!(ALICE)));
 }

@@ -247,7 +247,7 @@ fn jobs_that_are_cancelled_or_locked_use_nothing_up() {
     insert(&mut client, BOB, "narrow", 20);
     let first: uuid::Uuid = value(&mut client, "SELECT min(id::text)::uuid FROM job_results WHERE status = 'pending'");
     client
-        .batch_execute("UPDATE job_results SET run_at = now() + interval '700 ms' WHERE status = 'pending'")
+        .batch_execute("UPDATE job_results SET run_at = clock_timestamp() + interval '8 s' WHERE status = 'pending'")
         .expect("UPDATE");
     client.batch_execute("COMMIT").expect("COMMIT");
     other.execute("SELECT FROM job_results WHERE id = $1 FOR UPDATE", &[&first]).expect("a lock");

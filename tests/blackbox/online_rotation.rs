@@ -78,7 +78,7 @@ fn everything_comes_under_the_new_key_while_readers_and_writers_go_on_and_a_cras
         });
         scope.spawn(move || {
             // Far more than a batch takes, far less than the rotation.
-            writer.batch_execute("SET lock_timeout = '1s'").expect("SET");
+            writer.batch_execute("SET lock_timeout = '5s'").expect("SET");
             while !over.load(SeqCst) {
                 let statement = "UPDATE user_servers SET name = name || '.' WHERE id = ANY ($1)";
                 assert_eq!(writer.execute(statement, &[&vec![first, id]]).expect("write"), 2);
@@ -113,7 +113,8 @@ fn everything_comes_under_the_new_key_while_readers_and_writers_go_on_and_a_cras
     assert!(!value::<bool>(&mut client, "SELECT resume_vault_rotation()"), "it is running already");
     wait_until("it goes on", || value::<i64>(&mut client, "SELECT done FROM vault_rotation") > done + 5_000);
 
-    // Killed, with the whole server.
+    // Killed, with the whole server; there is no need to take one's time any more.
+    cluster.configure(&[QUICK, "restart_after_crash = on"]);
     let pid = process(&mut client).expect("its process");
     drop(client);
     cluster.signal("KILL", pid);
@@ -240,6 +241,24 @@ fn what_a_transaction_of_before_commits_under_the_old_key_is_waited_for_and_encr
     start(&mut client);
     wait_until("it waits", || waits_for_process(&mut client, &mut late));
     assert_eq!(state(&mut client), "checking");
+    // However often the worker is another one, one process is at it.
+    for number in [2, 1, 2, 1] {
+        cluster.configure(&[
+            QUICK,
+            "max_prepared_transactions = 2",
+            &format!("nexus_hub.workers_per_database = {number}"),
+        ]);
+        client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+        let are_new = format!(
+            "SELECT count(*) = {number} AND bool_and(number_of = {number})
+               FROM (SELECT (w ->> 'of')::integer FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w
+                      WHERE w ->> 'state' = 'running') AS w (number_of)"
+        );
+        wait_until("the workers are others", || value(&mut client, &are_new));
+    }
+    // Each of them has looked at once whether there has to be one.
+    wait_until("there is one", || client.query(PROCESS, &[]).expect("pg_stat_activity").len() == 1);
+    wait_until("it still waits", || waits_for_process(&mut client, &mut late));
     // Prepared, it is no process's any more, and still not committed.
     late.batch_execute("PREPARE TRANSACTION 'late'").expect("PREPARE");
     let waits = "SELECT count(*) FROM vault_rotation WHERE problem LIKE 'waits for the prepared transaction % late, %'";
@@ -256,15 +275,14 @@ fn a_row_that_a_session_keeps_locked_holds_up_nothing_but_the_end() {
     use_keys(&cluster, &mut client, &[NEW_KEY, KEY]);
     start(&mut client);
     wait_for_end(&mut client);
-    // Begun after the sweep, so that the row alone is in the way.
+    // Begun after the start, so that the row alone is in the way, and not the transaction.
     use_keys(&cluster, &mut client, &[KEY, NEW_KEY]);
     let mut locking = database.connect();
-    cluster.configure(&[SLOW]);
-    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
-    start(&mut client);
+    client
+        .batch_execute("BEGIN; SELECT start_vault_rotation(); SELECT pause_vault_rotation(); COMMIT")
+        .expect("start and pause");
     locking.batch_execute("BEGIN; SELECT FROM notes WHERE id = 200 FOR UPDATE").expect("lock");
-    cluster.configure(&[QUICK]);
-    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
+    assert!(value::<bool>(&mut client, "SELECT resume_vault_rotation()"));
     wait_until("all others are done", || under_the_first_key(&mut client) == 199);
     assert_ne!(state(&mut client), "done");
     locking.batch_execute("ROLLBACK").expect("ROLLBACK");

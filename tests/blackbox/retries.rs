@@ -13,7 +13,6 @@ fn quick() -> &'static Cluster {
             "nexus_hub.retry_base_delay = 20",
             "nexus_hub.retry_max_delay = 60",
             "nexus_hub.breaker_threshold = 0",
-            "nexus_hub.request_timeout = 300",
         ])
     })
 }
@@ -94,19 +93,25 @@ fn broken_connections_and_time_outs_are_tried_again() {
     let database = quick().database();
     let mut client = database.connect();
     let number = AtomicUsize::new(0);
-    let server = FakeServer::start(move |_| match number.fetch_add(1, SeqCst) {
-        0 => None,
-        1 => {
-            std::thread::sleep(std::time::Duration::from_millis(600));
-            None
+    let gate = Gate::default();
+    let server = FakeServer::start({
+        let gate = gate.clone();
+        move |_| match number.fetch_add(1, SeqCst) {
+            0 => None,
+            1 => {
+                gate.pass();
+                None
+            }
+            _ => Some(Answer::json("{}")),
         }
-        _ => Some(Answer::json("{}")),
     });
-    let job = post(&mut client, &server.url);
+    let job: Uuid =
+        client.query_one("SELECT http_post($1, timeout_ms => 5000)", &[&server.url]).expect("http_post").get(0);
     wait_for_job(&mut client, job).completed();
+    gate.open();
     let errors: Vec<_> = attempts(&mut client, job).into_iter().map(|(_, _, error)| error).collect();
     assert!(errors[0].starts_with("the connection broke"), "{errors:?}");
-    assert_eq!(errors[1..], ["timed out: no answer within 300 ms"]);
+    assert_eq!(errors[1..], ["timed out: no answer within 5000 ms"]);
     let job = post(&mut client, "http://127.0.0.1:1/");
     assert_eq!(wait_for_job(&mut client, job).failed(), "could not connect to 127.0.0.1:1: connection refused");
     assert_eq!(attempts(&mut client, job).len(), 5);
@@ -226,6 +231,9 @@ fn a_job_that_was_in_flight_in_several_crashes_of_the_worker_is_set_aside() {
     for crash in 1..=2 {
         let request = listener.accept().expect("the request");
         let worker = database.wait_for_worker();
+        // Else a crash that comes soon after the claim forgets it.
+        wait_until("it runs", || count_jobs(&mut client, "running") == 1);
+        client.batch_execute("CHECKPOINT").expect("CHECKPOINT");
         cluster.signal("KILL", worker);
         wait_until("the server has noticed", || client.batch_execute("SELECT 1").is_err());
         client = cluster.reconnect(&database.name);

@@ -440,8 +440,8 @@ fn of_two_secrets_the_longer_one_is_named_and_nothing_of_either_is_left() {
 fn an_unreachable_hosts_breaker_and_attempts_tell_nothing() {
     let (database, mut client) = scene();
     set(&mut client, None, "key", VALUE);
-    let port =
-        std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port").port();
+    let closed = ClosedPort::reserve();
+    let port = closed.address().port();
     let params = json!({"url": format!("http://{{{{secret:key}}}}@127.0.0.1:{port}/{{{{secret:key}}}}"), "headers": {"X": "{{secret:key}}"}});
     for _ in 0..5 {
         let error = run_http(&mut client, params.clone()).failed();
@@ -466,11 +466,12 @@ fn an_executor_elsewhere_gets_no_secret_and_http_jobs_get_theirs() {
         .connect("postgres")
         .batch_execute(&format!(
             "ALTER DATABASE {0} SET nexus_hub.executor = 'edge'; ALTER DATABASE {0} SET app.edge_function_url = '{1}';
-             ALTER DATABASE {0} SET app.service_role_key = 'role-key'; SELECT pg_reload_conf()",
+             ALTER DATABASE {0} SET app.service_role_key = 'role-key'",
             database.name,
             executor.url.trim_end_matches('/')
         ))
         .expect("ALTER DATABASE");
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
     let mut error = String::new();
     wait_until("the executor is asked", || {
         error = run_job(&mut client, "tool_invoke", "own", Some("t"), json!({})).failed();

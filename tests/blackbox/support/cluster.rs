@@ -356,11 +356,15 @@ impl Database<'_> {
         client.query_opt(query, &[&self.name]).expect("pg_stat_activity").map(|row| row.get(0))
     }
 
-    /// Waits for the database's worker.
+    /// Waits until the database's worker is at work: one that has just come to be may only look for the extension, and end.
     pub fn wait_for_worker(&self) -> i32 {
+        let mut client = self.connect();
+        let query = "SELECT w.pid FROM _nexus_hub.workers() w
+                      WHERE w.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                        AND w.number = 0 AND w.state = 'running'";
         let mut pid = None;
         wait_until(&format!("a worker for {}", self.name), || {
-            pid = self.worker();
+            pid = client.query_opt(query, &[]).expect("workers").map(|row| row.get(0));
             pid.is_some()
         });
         pid.expect("just seen")

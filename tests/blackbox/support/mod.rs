@@ -21,11 +21,28 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Longest time any condition may take to come true. Only a failing test waits that long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A user, and another one.
 pub const ALICE: &str = "a11ce000-0000-4000-8000-000000000001";
 pub const BOB: &str = "b0b00000-0000-4000-8000-000000000002";
+
+/// A port of this machine that nobody listens on, and nobody is given as long as this is there.
+pub struct ClosedPort(tokio::net::TcpSocket);
+
+impl ClosedPort {
+    pub fn reserve() -> Self {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        // So that a server can be started on it later.
+        socket.set_reuseaddr(true).expect("SO_REUSEADDR");
+        socket.bind(([127, 0, 0, 1], 0).into()).expect("a free port");
+        Self(socket)
+    }
+
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.0.local_addr().expect("an address")
+    }
+}
 
 /// Waits until a condition is true; panics with `what` when it never is.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -77,7 +94,7 @@ pub fn create_job(client: &mut Client, job_type: &str, server: &str, tool: Optio
 /// Waits for a job to finish.
 pub fn wait_for_job(client: &mut Client, job: Uuid) -> Job {
     let row =
-        client.query_one("SELECT status, result, error FROM wait_for_job($1, 60000)", &[&job]).expect("wait_for_job");
+        client.query_one("SELECT status, result, error FROM wait_for_job($1, 300000)", &[&job]).expect("wait_for_job");
     let job = Job { status: row.get(0), result: row.get(1), error: row.get(2) };
     assert!(!matches!(job.status.as_str(), "pending" | "running"), "never finished: {job:?}");
     job
