@@ -62,12 +62,18 @@ fn workers() -> Vec<WorkerGauge> {
             number: is.place.number,
             is_up: is.state == WorkerState::Running && !is.vigil().is_stuck(poll_interval),
             last_loop: Some(EPOCH + is.last_loop as f64 / 1e6),
-            in_flight: is.in_flight,
+            in_flight: if matches!(is.state, WorkerState::Running | WorkerState::Draining) { is.in_flight } else { 0 },
         })
         .collect();
-    // One that has ended may be there beside the one in its place.
+    // One that drains or has ended may be there beside the one in its place.
     workers.sort_by_key(|worker| (worker.number, !worker.is_up));
-    workers.dedup_by_key(|worker| worker.number);
+    workers.dedup_by(|other, worker| {
+        let is_same = other.number == worker.number;
+        if is_same {
+            worker.in_flight += other.in_flight;
+        }
+        is_same
+    });
     // One that is missing is not up.
     for number in 0..guc::workers_per_database() {
         if !workers.iter().any(|worker| worker.number == number) {

@@ -144,6 +144,8 @@ pub struct Schedule {
     users: Table<u128, User>,
     hosts: Table<String, Host>,
     servers: Table<String, Server>,
+    /// Requests of workers that make room, by server.
+    elsewhere: HashMap<String, usize>,
     meter: Box<dyn Meter>,
     resting: Resting,
     /// Jobs that wait for their claim because their host's probe failed.
@@ -181,6 +183,7 @@ impl Schedule {
             users: Table::default(),
             hosts: Table::default(),
             servers: Table::default(),
+            elsewhere: HashMap::new(),
             meter,
             resting: Resting::default(),
             doomed: VecDeque::new(),
@@ -253,7 +256,9 @@ impl Schedule {
     pub fn route(&mut self, id: LaneId, route: Option<&Route>) {
         let host = route.map(|route| self.host(&route.host));
         let server = route.and_then(|route| route.server.as_ref()).map(|(name, cap)| {
-            let place = self.servers.place(name, || Server { in_flight: 0, cap: *cap, parked: Parked::new() });
+            let elsewhere = self.elsewhere.get(name).copied().unwrap_or_default();
+            let new = || Server { in_flight: 0, cap: *cap, elsewhere, parked: Parked::new() };
+            let place = self.servers.place(name, new);
             self.servers[place].cap = *cap;
             place
         });

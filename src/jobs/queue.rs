@@ -234,6 +234,27 @@ impl Queue {
         })
     }
 
+    /// Jobs of servers that run under other leases than those that begin with `own`, by lane.
+    pub fn elsewhere(own: u64) -> Result<Vec<(LaneKey, usize)>, SpiError> {
+        Spi::connect(|client| {
+            let rows = client.select(
+                "SELECT j.user_id, j.server_id, pg_catalog.count(*) FROM _nexus_hub.job_results j
+                  WHERE j.status = 'running' AND j.lease IS NOT NULL AND j.server_id IS NOT NULL
+                    AND NOT pg_catalog.starts_with(pg_catalog.replace(j.lease::pg_catalog.text, '-', ''), $1)
+                  GROUP BY 1, 2",
+                None,
+                &[format!("{own:016x}").into()],
+            )?;
+            let lane = |row: SpiHeapTupleData<'_>| {
+                let user = row.get::<pgrx::Uuid>(1)?.map(number);
+                let target = row.get(2)?.unwrap_or_default();
+                let count = row.get::<i64>(3)?.and_then(|count| usize::try_from(count).ok()).unwrap_or_default();
+                Ok((LaneKey { user, target, is_mcp: true }, count))
+            };
+            rows.map(lane).collect()
+        })
+    }
+
     /// The secrets that jobs name; `None` for those that are not there.
     pub fn secrets(&self, wanted: &[Wanted]) -> Result<Vec<Option<Sealed>>, SpiError> {
         let users: Vec<_> = wanted.iter().map(|wanted| wanted.user.map(datum)).collect();

@@ -286,11 +286,17 @@ pub fn request_reload() {
     unsafe { std::ptr::write_volatile(&raw mut pg_sys::ConfigReloadPending, 1) };
 }
 
-/// Answers what other processes want of this one (DROP DATABASE waits for such answers). Call it outside transactions: no
-/// statement is running that a cancel request could be meant for.
+/// Answers what other processes want of this one (DROP DATABASE waits for such answers). A request to cancel the statement
+/// is an error here.
 pub fn handle_interrupts() {
-    // SAFETY: a counter of this process, as PostgreSQL uses it itself: it keeps a cancel request from becoming an error,
-    // which here would end the process. The check raises no other error: what ends the process does not return.
+    pgrx::check_for_interrupts!();
+}
+
+/// The same in a worker's main loop, outside transactions: no statement is running that a cancel request could be meant
+/// for, and as an error it would end the process.
+pub fn handle_interrupts_of_others() {
+    // SAFETY: a counter of this process, as PostgreSQL uses it itself: it keeps a cancel request from becoming an error.
+    // The check raises no other one: what ends the process does not return.
     unsafe {
         pg_sys::QueryCancelHoldoffCount += 1;
         pgrx::check_for_interrupts!();

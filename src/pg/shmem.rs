@@ -277,6 +277,27 @@ pub fn ask_to_leave(database: pg_sys::Oid) -> bool {
     asked
 }
 
+/// Whether a worker of the database makes room, and finishes what it has begun.
+pub fn is_draining(database: pg_sys::Oid) -> bool {
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    slots
+        .iter()
+        .any(|slot| slot.database.load(SeqCst) == database.to_u32() && worker_state(slot) == WorkerState::Draining)
+}
+
+/// Asks the worker of a slot to give back what it has begun, and end.
+pub fn ask_slot_to_leave(index: usize) {
+    if let Some(slot) = shared().and_then(|shared| shared.slots.get(index)) {
+        slot.leave.store(true, SeqCst);
+        set_latch(&slot.latch);
+    }
+}
+
+/// Whether the worker of a slot was asked to.
+pub fn slot_is_to_leave(index: usize) -> bool {
+    shared().and_then(|shared| shared.slots.get(index)).is_some_and(|slot| slot.leave.load(SeqCst))
+}
+
 fn worker_state(slot: &Slot) -> WorkerState {
     WorkerState::from_u32(slot.state.load(SeqCst))
 }
@@ -368,12 +389,17 @@ pub fn slot_place(index: usize) -> Place {
     shared().and_then(|shared| shared.slots.get(index)).map_or(Place { number: 0, of: 1 }, place)
 }
 
-/// Gives a slot back, once its worker is known to be gone, and not just about to go.
-pub fn free_slot(index: usize) {
-    if let Some(slot) = shared().and_then(|shared| shared.slots.get(index)) {
+/// Gives a slot back, once its worker is known to be gone, and tells whether it was: one may have come late.
+pub fn free_slot(index: usize) -> bool {
+    let Some(slot) = shared().and_then(|shared| shared.slots.get(index)) else { return false };
+    // Taken meanwhile, so that nobody comes into a slot that is just being freed.
+    let is_free = slot.pulse.take();
+    if is_free {
         slot.latch.store(null_mut(), SeqCst);
         slot.database.store(0, SeqCst);
+        slot.pulse.leave();
     }
+    is_free
 }
 
 // ── A worker's side ──
@@ -420,6 +446,18 @@ pub fn take_look() -> bool {
 /// Whether this worker is to read the configuration files; forgets it.
 pub fn take_reload() -> bool {
     own_slot().is_some_and(|slot| slot.reload.swap(false, SeqCst))
+}
+
+/// Whether there is another process in the place of this worker, or on its way.
+pub fn has_successor() -> bool {
+    let Some(own) = own_slot() else { return false };
+    let slots = shared().map_or(&[][..], |shared| &shared.slots);
+    slots.iter().any(|slot| {
+        !std::ptr::eq(slot, own)
+            && slot.database.load(SeqCst) == own.database.load(SeqCst)
+            && place(slot).number == place(own).number
+            && matches!(worker_state(slot), WorkerState::Starting | WorkerState::Running)
+    })
 }
 
 /// How many workers a database is to have, as the launcher knows it; `None`: it has not said so yet.

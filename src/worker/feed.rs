@@ -4,6 +4,7 @@ use super::assign::{self, Edge};
 use crate::domain::schedule::{LaneId, LaneKey, Pick, ReadKind, Schedule};
 use crate::jobs::queue::Queue;
 use pgrx::spi::SpiError;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// Reads of one transaction, while there are places for more jobs.
@@ -145,6 +146,22 @@ impl Feed {
         due.into_iter().for_each(|time| self.expect(time));
         Ok(())
     }
+}
+
+/// Learns what workers that make room have in flight yet; `own` is what this worker's leases begin with. Call it in a
+/// transaction.
+pub fn count_elsewhere(queue: &Queue, schedule: &mut Schedule, own: u64) -> Result<(), SpiError> {
+    let (keys, counts): (Vec<_>, Vec<_>) = Queue::elsewhere(own)?.into_iter().unzip();
+    let servers = queue.servers(&keys)?;
+    let mut elsewhere = HashMap::new();
+    for ((key, count), server) in keys.iter().zip(counts).zip(&servers) {
+        let route = assign::route(key.user, &key.target, server);
+        if let Some((name, _)) = route.and_then(|route| route.server) {
+            *elsewhere.entry(name).or_default() += count;
+        }
+    }
+    schedule.set_elsewhere(elsewhere);
+    Ok(())
 }
 
 /// Says where the jobs of MCP lanes go. Call it in a transaction.

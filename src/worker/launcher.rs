@@ -22,11 +22,16 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 
 /// Workers that may be on their way at the same time: the others keep their chance of a process.
 const MAX_STARTING: usize = 4;
+/// For how long one that waits for others, once it is there, keeps others from being started.
+const START_TIME: Duration = Duration::from_secs(5);
+/// How long a worker may finish what it has begun where there is no process for the one in its place.
+const DRAIN_TIME: Duration = Duration::from_secs(30);
 
 struct Running {
     slot: usize,
     /// `None`: started by a launcher before this one.
     handle: Option<Launched>,
+    /// When it was started, or found; of one that drains, when that was noticed.
     since: Instant,
 }
 
@@ -104,17 +109,14 @@ impl Database {
         for post in &mut self.posts {
             notice_end(post, now);
             if let Some(running) = post.running.take_if(|running| is_draining(running.slot)) {
+                if now.duration_since(running.since) >= HEALTHY_TIME {
+                    post.failures = 0;
+                }
                 post.due = Some(at_once(&running, now));
-                self.draining.push(running);
+                self.draining.push(Running { since: now, ..running });
             }
         }
-        self.draining.retain(|running| {
-            let is_over = running.is_over(now);
-            if is_over {
-                shmem::free_slot(running.slot);
-            }
-            !is_over
-        });
+        self.draining.retain(|running| !running.is_over(now) || !shmem::free_slot(running.slot));
     }
 
     /// Has the others started as soon as the first is at work.
@@ -147,13 +149,19 @@ pub fn main() {
     shmem::attach_launcher();
     let mut databases: HashMap<pg_sys::Oid, Database> = HashMap::new();
     let mut next_scan = Instant::now();
-    for (slot, oid, place) in shmem::occupied_slots() {
+    let mut found = shmem::occupied_slots();
+    // Of two in the same place, the one at work.
+    found.sort_by_key(|(slot, ..)| shmem::slot_state(*slot) != WorkerState::Running);
+    for (slot, oid, place) in found {
         let running = Running { slot, handle: None, since: next_scan };
+        let is_in_place = matches!(shmem::slot_state(slot), WorkerState::Starting | WorkerState::Running);
         let database = databases.entry(oid).or_default();
-        if is_draining(slot) {
-            database.draining.push(running);
+        let post = database.post(place.number);
+        if is_in_place && post.running.is_none() {
+            post.running = Some(running);
         } else {
-            database.post(place.number).running = Some(running);
+            // It drains, or ends, or has ended.
+            database.draining.push(running);
         }
     }
     // One that drains may have nobody in its place yet.
@@ -163,7 +171,7 @@ pub fn main() {
         if bgworker::stop_requested() {
             return;
         }
-        bgworker::handle_interrupts();
+        bgworker::handle_interrupts_of_others();
         if bgworker::reload_configuration() {
             shmem::pass_reload_on();
         }
@@ -191,6 +199,9 @@ pub fn main() {
             next_scan = now + RESCAN_INTERVAL;
         }
         let started = start_due(&mut databases, workers, now);
+        if started == Room::None {
+            make_room(&databases, now);
+        }
         if started == Room::None && !told_no_room {
             log!("nexus_hub: no free background worker for a database; raise max_worker_processes");
         }
@@ -222,7 +233,10 @@ fn notice_end(post: &mut Post, now: Instant) {
     let Some(running) = post.running.take_if(|running| running.is_over(now)) else { return };
     let state = shmem::slot_state(running.slot);
     let woken = shmem::slot_was_woken(running.slot);
-    shmem::free_slot(running.slot);
+    if !shmem::free_slot(running.slot) {
+        post.running = Some(running);
+        return;
+    }
     if now.duration_since(running.since) >= HEALTHY_TIME {
         post.failures = 0;
     }
@@ -263,6 +277,17 @@ fn scan(databases: &mut HashMap<pg_sys::Oid, Database>, now: Instant) {
     }
 }
 
+/// Has the worker end that has been draining for longest, where that is long enough.
+fn make_room(databases: &HashMap<pg_sys::Oid, Database>, now: Instant) {
+    let draining = databases.values().flat_map(|database| &database.draining);
+    let draining = draining.filter(|running| !shmem::slot_is_to_leave(running.slot));
+    if let Some(running) = draining.min_by_key(|running| running.since)
+        && now.duration_since(running.since) >= DRAIN_TIME
+    {
+        shmem::ask_slot_to_leave(running.slot);
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Room {
     Enough,
@@ -270,7 +295,10 @@ enum Room {
 }
 
 fn start_due(databases: &mut HashMap<pg_sys::Oid, Database>, workers: u16, now: Instant) -> Room {
-    let is_starting = |running: &&Running| shmem::slot_state(running.slot) == WorkerState::Starting;
+    let is_starting = |running: &&Running| {
+        let is_young = now.duration_since(running.since) < START_TIME;
+        shmem::slot_state(running.slot) == WorkerState::Starting && (is_young || !shmem::slot_is_attached(running.slot))
+    };
     let starting = databases.values().flat_map(Database::running).filter(is_starting).count();
     // The postmaster tells when one of them has started; then there is room for another.
     let room = MAX_STARTING.saturating_sub(starting);

@@ -58,8 +58,7 @@ pub fn main(database: pg_sys::Oid) {
     let mut rotation = Rotation::new();
     let mut tries = 0;
     while !process.is_to_end() {
-        bgworker::forget_cancel_request();
-        bgworker::handle_interrupts();
+        bgworker::handle_interrupts_of_others();
         if bgworker::reload_configuration() {
             rotation.look_anew();
         }

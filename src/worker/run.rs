@@ -68,6 +68,8 @@ pub struct Worker {
     pub outdated: bool,
     /// Since when it makes room for that one, if it does.
     pub draining_since: Option<Instant>,
+    /// When it gives up what it has not written by then; known once no request is in flight.
+    pub drain_until: Option<Instant>,
     /// The database's settings have changed, and were set.
     pub settings_due: bool,
     /// Somebody loads a dump: no jobs before it is looked again whether that is over.
@@ -127,7 +129,7 @@ impl Worker {
             if bgworker::stop_requested() || shmem::leave_requested() {
                 return self.finish();
             }
-            bgworker::handle_interrupts();
+            bgworker::handle_interrupts_of_others();
             if shmem::take_reload() {
                 bgworker::request_reload();
             }
@@ -136,6 +138,9 @@ impl Worker {
             }
             self.outdated |= shmem::workers().is_some_and(|workers| workers != self.place.of);
             if self.outdated {
+                if self.in_flight.is_empty() && !self.outcomes_due {
+                    self.drain_until.get_or_insert_with(|| Instant::now() + DRAIN_TIME);
+                }
                 // From here on there may be another one in this one's place.
                 if self.draining_since.is_none() {
                     self.draining_since = Some(Instant::now());
@@ -199,6 +204,8 @@ impl Worker {
         if shmem::take_wake() {
             self.schedule.wake();
             self.was_woken = true;
+            // Perhaps by DROP EXTENSION, which one that takes no jobs does not find out by looking for some.
+            self.look_due |= self.outdated;
         }
         self.feed.tick(&mut self.schedule, Instant::now());
     }
@@ -259,10 +266,9 @@ impl Worker {
             let look = self.feed.look_for_due_at(self.in_flight.is_empty());
             let jobs = [self.feed.next(&self.schedule), probe, look, self.schedule.window_at()];
             let jobs = jobs.into_iter().flatten().filter(|_| may_claim);
-            let drained = self.draining_since.filter(|_| self.in_flight.is_empty()).map(|since| since + DRAIN_TIME);
             let next = jobs
                 .chain(self.backlog.look_again())
-                .chain(drained)
+                .chain(self.drain_until)
                 .chain(self.flush_at)
                 .chain(record_at)
                 .chain([self.next_poll])
@@ -280,7 +286,7 @@ impl Worker {
 
     /// Whether a worker that makes room has nothing left to do.
     fn is_drained(&self) -> bool {
-        let is_over = self.draining_since.is_some_and(|since| since.elapsed() >= DRAIN_TIME);
+        let is_over = self.drain_until.is_some_and(|until| Instant::now() >= until);
         self.in_flight.is_empty()
             && !self.outcomes_due
             && (is_over || (self.backlog.is_empty() && self.syncs.is_empty()))
@@ -344,7 +350,9 @@ impl Worker {
                 log!("nexus_hub: the jobs in flight were not given back: {}", failure.message);
             }
         }
-        if self.draining_since.is_none() || !shmem::has_worker(self.database) {
+        // Else another one finds it: one writes it at a time.
+        let is_last = bgworker::stop_requested() || shmem::leave_requested();
+        if self.draining_since.is_none() || (is_last && !shmem::has_successor()) {
             self.record_last();
         }
         if shmem::leave_requested() {

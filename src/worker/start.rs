@@ -55,6 +55,7 @@ pub fn main(slot: usize) -> i32 {
         let is_reset = database_settings.catch_up()?;
         Ok::<_, pgrx::spi::SpiError>((extension, queue, (database_settings, is_reset), edge()?))
     };
+    let mut has_waited = false;
     let opened = loop {
         let opened = transaction::run(c"nexus_hub: starting", || {
             // The same lock as in every later transaction: the extension can't go while its functions are looked up.
@@ -65,9 +66,21 @@ pub fn main(slot: usize) -> i32 {
         });
         match opened {
             // Somebody makes, changes or drops the extension, and takes longer than a lock is waited for.
-            Err(problem) if problem.transient && !bgworker::stop_requested() && !shmem::leave_requested() => {
+            Err(problem) if problem.transient && !bgworker::stop_requested() => {
+                if !std::mem::replace(&mut has_waited, true) {
+                    log!("nexus_hub: the worker waits before it starts: {}", problem.message);
+                }
+                if shmem::leave_requested() {
+                    shmem::set_worker_state(WorkerState::Left);
+                    return GONE;
+                }
                 bgworker::wait(RETRY_DELAY);
-                bgworker::handle_interrupts();
+                bgworker::handle_interrupts_of_others();
+            }
+            // What was set and reset in all that time, one that connects now knows.
+            Ok(Some(_)) if has_waited => {
+                shmem::set_worker_state(WorkerState::Replaced);
+                return GONE;
             }
             opened => break opened,
         }
@@ -125,6 +138,7 @@ pub fn main(slot: usize) -> i32 {
         outdated: is_reset,
         recorder: Recorder::new(now),
         draining_since: None,
+        drain_until: None,
         settings_due: false,
         restoring_until: None,
         schedule: Schedule::new(caps(&settings), rules(&settings), Box::new(SharedMeter)),

@@ -172,6 +172,12 @@ impl Worker {
                     // Somebody may have changed or reset a limit.
                     schedule.end_rest();
                 }
+                // What is known is never too little: who makes room only ever finishes.
+                if (poll || reads) && shmem::is_draining(database) {
+                    feed::count_elsewhere(queue, schedule, holder)?;
+                } else if schedule.has_elsewhere() && !shmem::is_draining(database) {
+                    schedule.set_elsewhere(HashMap::new());
+                }
                 if look && !in_flight.is_empty() {
                     done.lost = queue.lost(in_flight.keys().copied())?;
                 }
@@ -241,6 +247,10 @@ impl Worker {
         }
         if !self.tried.is_empty() {
             shmem::announce_finished_jobs();
+            if self.outdated {
+                // There are places free for the one in this one's place.
+                shmem::nudge(self.database, false);
+            }
         }
         Ok(Step::Done(done))
     }

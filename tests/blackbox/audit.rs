@@ -319,9 +319,15 @@ fn old_entries_are_pruned_in_batches_and_by_the_owner() {
     cluster.configure(&["nexus_hub.poll_interval = 100", "nexus_hub.audit_retention = '1min'"]);
     client.batch_execute("SELECT pg_reload_conf()").expect("reload");
     wait_until("the setting is obeyed", || total(&mut client, "true") == 0);
-    cluster.configure(&["nexus_hub.poll_interval = 100", "nexus_hub.audit_retention = 0"]);
+    // A job that goes shows that the worker has read it.
+    client.batch_execute("INSERT INTO job_results (job_type, server_id, tool_name, status, created_at, completed_at) VALUES ('tool_invoke', 's', 't', 'completed', now() - interval '2 days', now() - interval '2 days')").expect("INSERT");
+    cluster.configure(&[
+        "nexus_hub.poll_interval = 100",
+        "nexus_hub.audit_retention = 0",
+        "nexus_hub.completed_retention = '1d'",
+    ]);
     client.batch_execute("SELECT pg_reload_conf()").expect("reload");
-    wait_until("it is read", || value(&mut client, "SELECT current_setting('nexus_hub.audit_retention') = '0'"));
+    wait_until("it is read", || value(&mut client, "SELECT count(*) = 0 FROM job_results"));
     client.batch_execute("INSERT INTO _nexus_hub.vault_audit_log (at, kind, outcome, count) VALUES ('-infinity', 'get', 'allowed', 7)").expect("INSERT");
     client.batch_execute("SELECT decrypt_token(encrypt_token('t', 'x'), 'x')").expect("open");
     wait_for(&mut client, "x", &["decrypt x allowed 1 postgres -"]);
@@ -372,13 +378,21 @@ fn drop_extension_with_entries_waiting_is_clean_and_the_next_one_begins_anew() {
     let cluster = Cluster::start(&[]);
     let database = cluster.database();
     let mut client = database.connect();
+    let mut worker = database.wait_for_worker();
     for _ in 0..5 {
         client
             .batch_execute(
                 "BEGIN; SELECT decrypt_token(encrypt_token('t', 'old'), 'old'); DROP EXTENSION nexus_hub; COMMIT;
-                 CREATE EXTENSION nexus_hub; SELECT decrypt_token(encrypt_token('t', 'new'), 'new')",
+                 CREATE EXTENSION nexus_hub",
             )
             .expect("anew");
+        // The one before forgets all that is noted when it finds the extension gone.
+        let before = worker;
+        wait_until("another worker", || {
+            worker = database.wait_for_worker();
+            worker != before
+        });
+        client.batch_execute("SELECT decrypt_token(encrypt_token('t', 'new'), 'new')").expect("open");
         wait_for(&mut client, "new", &["decrypt new allowed 1 postgres -"]);
     }
     client

@@ -1,5 +1,6 @@
 //! Workers that make room for others: when their settings or their number change, and what becomes of what they have begun.
 
+use crate::lanes::add_narrow_server;
 use crate::support::*;
 use postgres::Client;
 use serde_json::json;
@@ -310,6 +311,109 @@ fn a_launcher_that_comes_anew_leaves_those_alone_that_make_room() {
     assert_eq!(slow.requests().len(), 1);
     let log = cluster.log();
     assert!(!log.contains("gave back"), "{log}");
+}
+
+#[test]
+fn a_hand_over_that_ends_while_there_is_no_launcher_leaves_one_worker() {
+    let cluster = Cluster::start(&["nexus_hub.request_timeout = '1h'"]);
+    let database = with_a_switch(&cluster);
+    let mut client = database.connect();
+    let server = echo();
+    // The new worker is behind the old one in shared memory, and then before it.
+    for round in 0..2 {
+        if round > 0 {
+            alter(&mut client, &database, "SET nexus_hub.enabled = off");
+            wait_until_off(&mut client, &server);
+            alter(&mut client, &database, "SET nexus_hub.enabled = on");
+            runs(&mut client, &server);
+        }
+        let gate = Gate::default();
+        let slow = gate.server();
+        let job = get(&mut client, &slow.url);
+        wait_until("it is in flight", || slow.requests().len() == 1);
+        alter(&mut client, &database, "RESET nexus_hub.enabled");
+        wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+        runs(&mut client, &server);
+        let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'nexus_hub launcher'";
+        let old: i32 = value(&mut client, launcher);
+        cluster.signal("STOP", old);
+        cluster.signal("TERM", old);
+        gate.open();
+        wait_for_job(&mut client, job).completed();
+        wait_until("the old one is gone", || processes(&mut client, WORKER).len() == 1);
+        cluster.signal("CONT", old);
+        wait_until("there is a new launcher", || {
+            value::<Option<i32>>(&mut client, &format!("SELECT ({launcher})")).is_some_and(|pid| pid != old)
+        });
+        let workers = "SELECT coalesce(string_agg(w ->> 'state', ' '), '') FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w";
+        wait_until("one is known", || value::<String>(&mut client, workers) == "running");
+        let worker = database.wait_for_worker();
+        cluster.signal("TERM", worker);
+        wait_until("it is replaced", || database.wait_for_worker() != worker);
+        assert_eq!(value::<String>(&mut client, workers), "running");
+        runs(&mut client, &server);
+    }
+}
+
+#[test]
+fn a_server_gets_no_more_requests_at_a_time_while_workers_make_room() {
+    let cluster = Cluster::start(&[]);
+    let narrow = McpServer::start(&[]);
+    let database = cluster.database();
+    let mut client = database.connect();
+    add_narrow_server(&mut client, &narrow);
+    client
+        .batch_execute(
+            "INSERT INTO job_results (user_id, job_type, server_id, tool_name, params)
+             SELECT md5((n % 20)::text)::uuid, 'tool_invoke', 'narrow', 'slow', '{\"ms\": 100}' FROM generate_series(1, 60) n",
+        )
+        .expect("INSERT");
+    for number in [2, 3, 1] {
+        let ended = count_jobs(&mut client, "completed");
+        wait_until("some are completed", || count_jobs(&mut client, "completed") >= ended + 6);
+        cluster.configure(&[&format!("nexus_hub.workers_per_database = {number}")]);
+        reload(&mut client);
+    }
+    wait_until("all are completed", || count_jobs(&mut client, "completed") == 60);
+    assert_eq!(narrow.stats()["most_asleep"], 2);
+    assert_eq!(value::<i64>(&mut client, "SELECT count(*) FROM job_results WHERE attempt > 1 OR crashes > 0"), 0);
+}
+
+#[test]
+fn a_worker_that_makes_room_lets_go_of_an_extension_that_is_dropped() {
+    let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'", "nexus_hub.request_timeout = '1h'"]);
+    let database = with_a_switch(&cluster);
+    let mut client = database.connect();
+    let gate = Gate::default();
+    let slow = gate.server();
+    get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    alter(&mut client, &database, "RESET nexus_hub.enabled");
+    wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+    client.batch_execute("DROP EXTENSION nexus_hub").expect("DROP EXTENSION");
+    wait_until("both are gone", || processes(&mut client, WORKER).is_empty());
+    gate.open();
+}
+
+#[test]
+fn where_there_is_no_process_for_another_one_a_worker_makes_room_before_long() {
+    // The launcher, PostgreSQL's own for logical replication, and one worker.
+    let cluster = Cluster::start(&["max_worker_processes = 3", "nexus_hub.request_timeout = '1h'"]);
+    let database = with_a_switch(&cluster);
+    let mut client = database.connect();
+    let gate = Gate::default();
+    let slow = gate.server();
+    let job = get(&mut client, &slow.url);
+    wait_until("it is in flight", || slow.requests().len() == 1);
+    alter(&mut client, &database, "RESET nexus_hub.enabled");
+    let state = "SELECT nexus_hub_health() -> 'workers' -> 0 ->> 'state'";
+    wait_until("it drains", || value::<Option<String>>(&mut client, state).as_deref() == Some("draining"));
+    runs(&mut client, &echo());
+    assert!(cluster.log().contains("raise max_worker_processes"), "{}", cluster.log());
+    gate.open();
+    wait_for_job(&mut client, job).completed();
+    let row = client.query_one("SELECT attempt, crashes FROM job_results WHERE id = $1", &[&job]).expect("the job");
+    assert_eq!((row.get::<_, i32>(0), row.get::<_, i32>(1)), (1, 0), "given back, and no fault of the job");
 }
 
 #[test]

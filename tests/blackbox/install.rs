@@ -1,6 +1,7 @@
 //! Installing: into which schema, and what a dump brings back.
 
 use crate::support::*;
+use crate::worker::insist;
 use serde_json::json;
 use std::process::Command;
 
@@ -117,9 +118,9 @@ fn jobs_of_a_data_only_dump_wait_also_where_triggers_are_disabled() {
         create_job(&mut client, "tool_invoke", "demo", Some("echo"), json!({"text": "x"}));
     }
     let restored = cluster.database();
+    restored.wait_for_worker();
     cluster.configure(&["nexus_hub.poll_interval = 100"]);
     cluster.pg_ctl(&["reload"]);
-    restored.wait_for_worker();
     source.copy_with(&restored, &["--data-only", "--disable-triggers"]);
     let mut client = restored.connect();
     wait_until("all are completed", || count_jobs(&mut client, "completed") == 20);
@@ -171,16 +172,11 @@ fn a_running_job_that_comes_with_a_dump_is_run_again() {
 fn a_database_in_another_encoding_is_refused() {
     let cluster = shared();
     let mut client = cluster.connect("postgres");
-    client
-        .batch_execute("DROP DATABASE IF EXISTS latin; CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
-        .or_else(|_| {
-            client.batch_execute("DROP DATABASE IF EXISTS latin")?;
-            client.batch_execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
-        })
-        .expect("CREATE DATABASE");
+    insist(&mut client, "DROP DATABASE IF EXISTS latin");
+    insist(&mut client, "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
     let (code, message) = error_of(&mut cluster.connect("latin"), "CREATE EXTENSION nexus_hub");
     assert_eq!((code.as_str(), message.as_str()), ("0A000", "nexus_hub needs a database with encoding UTF8"));
-    client.batch_execute("DROP DATABASE latin").expect("DROP DATABASE");
+    insist(&mut client, "DROP DATABASE latin");
 }
 
 #[test]

@@ -118,7 +118,7 @@ fn a_job_that_is_moved_to_an_earlier_time_or_committed_late_is_found() {
 }
 
 /// A server of everybody's that takes two requests at a time.
-fn add_narrow_server(client: &mut postgres::Client, server: &McpServer) {
+pub fn add_narrow_server(client: &mut postgres::Client, server: &McpServer) {
     let mut config = server.config();
     config["max_in_flight"] = json!(2);
     client

@@ -8,12 +8,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-fn page(client: &mut Client) -> String {
+pub fn page(client: &mut Client) -> String {
     value(client, "SELECT nexus_hub_metrics()::text")
 }
 
 /// The value of a sample, as it stands on the page.
-fn sample(page: &str, name: &str) -> f64 {
+pub fn sample(page: &str, name: &str) -> f64 {
     let line = page.lines().find(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')));
     let line = line.unwrap_or_else(|| panic!("no {name} in\n{page}"));
     line.rsplit(' ').next().expect("a value").parse().expect("a number")
@@ -123,7 +123,7 @@ fn gauges_tell_how_things_stand() {
     let server = gate.server();
     let database = shared().database();
     let mut client = database.connect();
-    client.execute("SELECT http_get($1)", &[&server.url]).expect("http_get");
+    client.execute("SELECT http_get($1, timeout_ms => 600000)", &[&server.url]).expect("http_get");
     wait_for_sample(&mut client, "nexus_hub_requests_in_flight{number=\"0\"}", 1.0);
     gate.open();
     wait_for_sample(&mut client, "nexus_hub_requests_in_flight{number=\"0\"}", 0.0);
@@ -171,7 +171,7 @@ fn a_crash_is_told_and_counters_begin_anew() {
     let database = cluster.database();
     let mut client = database.connect();
     client.batch_execute("SELECT encrypt_token('t')").expect("encrypt");
-    client.execute("SELECT http_get($1)", &[&server.url]).expect("http_get");
+    client.execute("SELECT http_get($1, timeout_ms => 600000)", &[&server.url]).expect("http_get");
     wait_for_sample(&mut client, "nexus_hub_requests_in_flight{number=\"0\"}", 1.0);
     // On disk, or the crash forgets that it was claimed.
     client.batch_execute("CHECKPOINT").expect("CHECKPOINT");

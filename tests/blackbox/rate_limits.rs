@@ -1,6 +1,7 @@
 //! Rate limits: exact under any concurrency, apart by database, read-only, after kills, in a full table and without one.
 
 use crate::support::*;
+use crate::worker::insist;
 use postgres::Client;
 use std::collections::HashSet;
 use std::sync::Barrier;
@@ -12,7 +13,7 @@ const CLIENTS: usize = 32;
 
 /// Waits until the clock minute lasts for a while, so that it does not end in the middle of what is counted.
 fn early_in_a_minute(client: &mut Client) {
-    wait_until("the minute is young", || value(client, "SELECT extract(second FROM clock_timestamp()) < 40"));
+    wait_until("the minute is young", || value(client, "SELECT extract(second FROM clock_timestamp()) < 20"));
 }
 
 /// How many of so many calls of each of 32 clients are allowed, by key: `n` is the client's number of the call.
@@ -131,7 +132,7 @@ fn a_database_that_is_dropped_leaves_nothing() {
     let other = cluster.database();
     let mut other = other.connect();
     assert_eq!(value::<i32>(&mut other, "SELECT keys FROM rate_limit_stats"), 500);
-    drop(database);
+    insist(&mut other, &format!("DROP DATABASE {} WITH (FORCE)", database.name));
     assert_eq!(value::<i32>(&mut other, "SELECT keys FROM rate_limit_stats"), 0);
 }
 
@@ -163,11 +164,12 @@ fn the_next_minute_begins_anew_and_the_last_one_is_written_down() {
     let counted: i64 = value(&mut client, sum);
     wait_until("the minute is in the table", || {
         assert_eq!(value::<i64>(&mut client, sum), counted, "it is never there twice, nor missing");
-        value(&mut client, "SELECT count(*) = 1 FROM _nexus_hub.rate_limit_windows")
+        value(&mut client, "SELECT count(*) > 0 FROM _nexus_hub.rate_limit_windows")
     });
+    let first = |table: &str| format!("SELECT request_count FROM {table} ORDER BY window_start LIMIT 1");
     assert_eq!(
-        value::<i32>(&mut client, "SELECT request_count FROM _nexus_hub.rate_limit_windows"),
-        value::<i32>(&mut client, "SELECT request_count FROM rate_limit_tracking ORDER BY window_start LIMIT 1")
+        value::<i32>(&mut client, &first("_nexus_hub.rate_limit_windows")),
+        value::<i32>(&mut client, &first("rate_limit_tracking"))
     );
     client
         .batch_execute(
@@ -176,7 +178,7 @@ fn the_next_minute_begins_anew_and_the_last_one_is_written_down() {
         )
         .expect("INSERT");
     wait_until("old minutes are deleted", || {
-        value(&mut client, "SELECT count(*) = 1 FROM _nexus_hub.rate_limit_windows")
+        value(&mut client, "SELECT count(*) = 0 FROM _nexus_hub.rate_limit_windows WHERE server_id LIKE 'old%'")
     });
 }
 
@@ -223,12 +225,8 @@ fn a_full_table_allows_or_refuses_and_reuses_what_has_expired_first() {
     let rows = rows.replace("long1", "c");
     assert_eq!(value::<i64>(&mut client, &rows), 3);
 
-    client
-        .batch_execute("ALTER SYSTEM SET nexus_hub.rate_limit_when_full = 'refuse'; SELECT pg_reload_conf()")
-        .unwrap_or_else(|_| {
-            client.batch_execute("ALTER SYSTEM SET nexus_hub.rate_limit_when_full = 'refuse'").expect("ALTER SYSTEM");
-            client.batch_execute("SELECT pg_reload_conf()").expect("reload");
-        });
+    client.batch_execute("ALTER SYSTEM SET nexus_hub.rate_limit_when_full = 'refuse'").expect("ALTER SYSTEM");
+    client.batch_execute("SELECT pg_reload_conf()").expect("reload");
     wait_until("the setting is known", || value(&mut client, "SELECT NOT check_rate_limit('more', NULL, 1)"));
     assert_eq!(fill(&mut client, "more", 86_400, 10), 0);
     assert_eq!(value::<i64>(&mut client, &rows), 0);
@@ -353,7 +351,7 @@ fn sessions_that_are_cancelled_or_ended_in_the_middle_of_calls_leave_no_lock() {
             for pid in pids {
                 client.execute("SELECT pg_cancel_backend($1)", &[pid]).expect("cancel");
             }
-            client.batch_execute("SET statement_timeout = '10s'; SELECT check_rate_limit('k' || n, NULL, 1) FROM generate_series(1, 500) n").expect("no lock is held");
+            client.batch_execute("SET statement_timeout = '60s'; SELECT check_rate_limit('k' || n, NULL, 1) FROM generate_series(1, 500) n").expect("no lock is held");
         }
         for pid in pids {
             cluster.signal("TERM", *pid);
@@ -376,11 +374,13 @@ fn sessions_that_are_cancelled_or_ended_in_the_middle_of_calls_leave_no_lock() {
 fn a_session_that_is_killed_in_the_middle_of_calls_leaves_no_lock() {
     let cluster = Cluster::start(&["nexus_hub.rate_limit_max_keys = 1024", "restart_after_crash = on"]);
     let database = cluster.database();
-    for _ in 0..3 {
+    for round in 1..=3 {
         with_callers(&database, |pids| cluster.signal("KILL", pids[0]));
+        // Until then it could still take a connection, and end it.
+        wait_until("the server notices", || cluster.log().matches("reinitializing").count() == round);
         let mut client = cluster.reconnect(&database.name);
         client
-            .batch_execute("SET statement_timeout = '10s'; SELECT check_rate_limit('k' || n, NULL, 1) FROM generate_series(1, 5000) n")
+            .batch_execute("SET statement_timeout = '60s'; SELECT check_rate_limit('k' || n, NULL, 1) FROM generate_series(1, 5000) n")
             .expect("no lock is held");
         // Windows start anew, and the server is in order.
         assert!(value::<i32>(&mut client, "SELECT keys FROM rate_limit_stats") <= 1024);

@@ -9,7 +9,7 @@ const PUBLISHED: &str =
 
 #[test]
 fn a_subscriber_sees_a_job_go_from_pending_over_running_to_completed() {
-    let publisher = Cluster::start(&["wal_level = logical"]);
+    let publisher = Cluster::start(&["wal_level = logical", "nexus_hub.request_timeout = '10min'"]);
     let database = publisher.empty_database();
     let mut client = database.connect();
     client.batch_execute("CREATE PUBLICATION supabase_realtime; CREATE EXTENSION nexus_hub").expect("CREATE EXTENSION");

@@ -127,7 +127,11 @@ fn rows(client: &mut Client, query: &str) -> Vec<String> {
 #[test]
 fn an_update_keeps_all_rows_and_the_worker_goes_on() {
     for from in RELEASES {
-        let cluster = Cluster::start(&["nexus_hub.retry_base_delay = '1ms'", "nexus_hub.retry_max_delay = '1ms'"]);
+        let cluster = Cluster::start(&[
+            "nexus_hub.retry_base_delay = '1ms'",
+            "nexus_hub.retry_max_delay = '1ms'",
+            "nexus_hub.request_timeout = '10min'",
+        ]);
         let database = cluster.empty_database();
         let mut client = database.connect();
         client.batch_execute(&format!("CREATE EXTENSION nexus_hub VERSION '{from}'")).expect("CREATE EXTENSION");

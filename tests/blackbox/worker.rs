@@ -26,6 +26,18 @@ fn silent() -> FakeServer {
     })
 }
 
+/// Runs a statement that wants a database without connections. PostgreSQL waits 5 s for others to leave, so who is
+/// slow is asked again.
+pub fn insist(client: &mut postgres::Client, statement: &str) {
+    wait_until(statement, || match client.batch_execute(statement) {
+        Ok(()) => true,
+        Err(error) => {
+            assert_eq!(error.code().map(|code| code.code()), Some("55006"), "{statement}: {error}");
+            false
+        }
+    });
+}
+
 fn works(database: &Database<'_>, server: &FakeServer) {
     let mut client = database.connect();
     run_http(&mut client, json!({"url": server.url})).completed();
@@ -37,15 +49,21 @@ fn a_worker_killed_in_the_middle_of_a_thousand_jobs_loses_none() {
     let database = cluster.database();
     let killer = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&killer);
-    let server = FakeServer::start(move |_| {
-        counter.fetch_add(1, Ordering::SeqCst);
-        Some(Answer::json("{}"))
+    let gate = Gate::default();
+    let server = FakeServer::start({
+        let gate = gate.clone();
+        move |_| {
+            if counter.fetch_add(1, Ordering::SeqCst) >= 200 {
+                gate.pass();
+            }
+            Some(Answer::json("{}"))
+        }
     });
-    let worker = database.wait_for_worker();
     insert_jobs(&mut database.connect(), &server.url, 1000);
-    wait_until("a part of the jobs has run", || killer.load(Ordering::SeqCst) >= 200);
-    cluster.signal("KILL", worker);
+    wait_until("a part of the jobs has run", || killer.load(Ordering::SeqCst) > 200);
+    cluster.signal("KILL", database.wait_for_worker());
     wait_until("the server has restarted", || cluster.log().contains("reinitializing"));
+    gate.open();
     let mut client = cluster.reconnect(&database.name);
     wait_until("all jobs are completed", || count_jobs(&mut client, "completed") == 1000);
     assert_eq!(count_jobs(&mut client, "running"), 0);
@@ -76,15 +94,15 @@ fn jobs_in_flight_at_an_immediate_shutdown_run_again_after_the_start() {
 
 #[test]
 fn a_fast_shutdown_does_not_wait_for_requests_in_flight() {
-    let cluster = Cluster::start(&[]);
+    let cluster = Cluster::start(&["nexus_hub.request_timeout = '10min'"]);
     let database = cluster.database();
     let server = silent();
     let mut client = database.connect();
     insert_jobs(&mut client, &server.url, 100);
     wait_until("all run", || count_jobs(&mut client, "running") == 100);
     drop(client);
-    // Their time-out is 30 s; three times the promised 3 s is patience enough for a busy machine.
-    cluster.pg_ctl(&["-t", "9", "stop", "-m", "fast"]);
+    // Who waited for them would need their 10 minutes. The promised 3 s would be too few for a busy machine.
+    cluster.pg_ctl(&["-t", "25", "stop", "-m", "fast"]);
     assert!(!cluster.log().contains("PANIC"), "{}", cluster.log());
     cluster.pg_ctl(&["start"]);
     let mut client = cluster.reconnect(&database.name);
@@ -153,7 +171,10 @@ fn drop_extension_while_jobs_run_is_clean() {
     client.batch_execute("DROP EXTENSION nexus_hub").expect("DROP EXTENSION");
     wait_until("no worker", || database.worker().is_none());
     let log = cluster.log();
-    assert!(!log.contains("ERROR") && !log.contains("failed"), "{log}");
+    // Who waits for the DROP for more than a second tries again; others, autovacuum say, have troubles of their own.
+    let is_trouble = |line: &str| ["ERROR", "failed", "exited with exit code 1"].iter().any(|word| line.contains(word));
+    let mut own = log.lines().filter(|line| line.contains("nexus_hub") && !line.contains("lock timeout"));
+    assert!(!log.contains("PANIC") && !own.any(is_trouble), "{log}");
     client.batch_execute("CREATE EXTENSION nexus_hub").expect("CREATE EXTENSION");
     works(&database, &echo());
 }
@@ -171,7 +192,7 @@ fn databases_with_and_without_the_extension_live_side_by_side() {
         wait_until("its jobs are completed", || count_jobs(&mut client, "completed") == count);
         assert_eq!(server.requests().len() as i64, count);
     }
-    assert_eq!(without.worker(), None);
+    wait_until("no worker without the extension", || without.worker().is_none());
     cluster.pg_ctl(&["restart", "-m", "fast"]);
     one.wait_for_worker();
     two.wait_for_worker();
@@ -193,9 +214,9 @@ fn a_database_can_be_dropped_renamed_and_copied_though_its_worker_is_connected()
     }
     idle.wait_for_worker();
     let mut client = cluster.connect("postgres");
-    client.batch_execute(&format!("DROP DATABASE {}", busy.name)).expect("DROP DATABASE");
-    client.batch_execute(&format!("CREATE DATABASE copied TEMPLATE {}", idle.name)).expect("CREATE DATABASE");
-    client.batch_execute(&format!("ALTER DATABASE {} RENAME TO renamed", idle.name)).expect("RENAME");
+    insist(&mut client, &format!("DROP DATABASE {}", busy.name));
+    insist(&mut client, &format!("CREATE DATABASE copied TEMPLATE {}", idle.name));
+    insist(&mut client, &format!("ALTER DATABASE {} RENAME TO renamed", idle.name));
     let server = echo();
     for name in ["renamed", "copied"] {
         let mut client = cluster.connect(name);
@@ -251,7 +272,7 @@ fn a_standby_has_no_worker_and_gets_one_with_its_promotion() {
     database
         .connect()
         .batch_execute(&format!(
-            "SELECT http_get('{url}') FROM generate_series(1, 20); SELECT http_get('{}', run_at => now() + interval '1 second')",
+            "SELECT http_get('{url}') FROM generate_series(1, 20); SELECT http_get('{}', run_at => now() + interval '5 seconds')",
             server.url
         ))
         .expect("http_get");
@@ -416,20 +437,24 @@ fn only_a_databases_owner_can_send_its_worker_away() {
 #[test]
 fn other_drops_start_no_worker_where_there_is_no_extension() {
     let cluster = Cluster::start(&["log_min_messages = debug1"]);
-    let database = cluster.empty_database();
+    let (database, other) = (cluster.empty_database(), cluster.database());
+    let starts = || cluster.log().matches("starting background worker process \"nexus_hub worker\"").count() as i64;
+    cluster.pg_ctl(&["stop", "-m", "fast"]);
+    let before = starts();
+    cluster.pg_ctl(&["start"]);
     let mut client = database.connect();
-    let count = |cluster: &Cluster| cluster.log().matches("starting background worker process").count();
-    wait_until("all databases have been looked into", || {
-        let before = count(&cluster);
-        client.batch_execute("SELECT pg_sleep(0.5)").expect("wait");
-        count(&cluster) == before
-    });
-    let before = count(&cluster);
+    // A new server looks into each database once, and into no other.
+    let databases = "SELECT count(*) FROM pg_database WHERE datallowconn AND NOT datistemplate";
+    let databases: i64 = value(&mut client, databases);
+    wait_until("all databases have been looked into", || starts() == before + databases);
     for _ in 0..20 {
         client.batch_execute("CREATE SCHEMA s; CREATE TABLE s.t (); DROP TABLE s.t; DROP SCHEMA s").expect("DROP");
     }
-    client.batch_execute("SELECT pg_sleep(0.5)").expect("wait");
-    assert_eq!(count(&cluster), before);
+    // When the launcher replaces a worker, it has done what it was asked for before.
+    let worker = other.wait_for_worker();
+    client.execute("SELECT pg_terminate_backend($1)", &[&worker]).expect("terminate");
+    wait_until("another worker", || other.wait_for_worker() != worker);
+    assert_eq!(starts(), before + databases + 1);
 }
 
 #[test]
@@ -450,7 +475,7 @@ fn a_worker_that_is_switched_off_takes_no_jobs_until_it_is_on_again() {
 
 #[test]
 fn an_outcome_counts_only_for_the_claim_it_belongs_to() {
-    let cluster = Cluster::start(&[]);
+    let cluster = Cluster::start(&["nexus_hub.request_timeout = '10min'"]);
     let database = cluster.database();
     let calls = Arc::new(AtomicUsize::new(0));
     let (counter, release) = (Arc::clone(&calls), Arc::new(AtomicUsize::new(0)));

@@ -1,7 +1,7 @@
 //! Where requests are counted, and what that leaves for a lane to send.
 
 use super::{LaneId, Pass, Schedule};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 /// A host or a user gets at most so many times as many places as are free: alone, four fifths of all; beside others,
@@ -20,6 +20,8 @@ pub struct User {
 pub struct Server {
     pub(super) in_flight: usize,
     pub(super) cap: usize,
+    /// Requests of workers that make room.
+    pub(super) elsewhere: usize,
     pub(super) parked: Parked,
 }
 
@@ -67,8 +69,8 @@ impl Schedule {
         if let Some(user) = lane.user.filter(|user| self.users[*user].in_flight >= fair) {
             return Gate::ShutBy(Place::User(user), true);
         }
-        if let Some(server) = lane.server.filter(|server| self.servers[*server].in_flight >= self.servers[*server].cap)
-        {
+        let is_full = |server: &Server| server.in_flight.saturating_add(server.elsewhere) >= server.cap;
+        if let Some(server) = lane.server.filter(|server| is_full(&self.servers[*server])) {
             return Gate::ShutBy(Place::Server(server), false);
         }
         let Some(place) = lane.host else { return Gate::Open };
@@ -103,6 +105,21 @@ impl Schedule {
                 self.strained.remove(&place);
             }
         }
+    }
+
+    /// Says what workers that make room have in flight yet, by server: it counts towards the servers' caps.
+    pub fn set_elsewhere(&mut self, elsewhere: HashMap<String, usize>) {
+        self.elsewhere = elsewhere;
+        let places: Vec<_> = self.servers.places().map(|(name, place)| (name.clone(), place)).collect();
+        for (name, place) in places {
+            self.servers[place].elsewhere = self.elsewhere.get(&name).copied().unwrap_or_default();
+            self.unpark(Place::Server(place), usize::MAX);
+        }
+    }
+
+    /// Whether they have any, as far as is known.
+    pub fn has_elsewhere(&self) -> bool {
+        !self.elsewhere.is_empty()
     }
 
     /// Gives up to `number` lanes that are held up at a place another chance.

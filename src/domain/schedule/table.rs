@@ -42,6 +42,11 @@ impl<K: Hash + Eq, V> Table<K, V> {
         place
     }
 
+    /// Names, and the places of their values.
+    pub fn places(&self) -> impl Iterator<Item = (&K, usize)> {
+        self.places.iter().map(|(name, place)| (name, *place))
+    }
+
     /// Whether there is a value at a place.
     pub fn is_used(&self, place: usize) -> bool {
         place < self.values.len() && !self.free.contains(&place)

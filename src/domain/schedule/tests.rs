@@ -137,6 +137,30 @@ fn a_host_alone_gets_most_places_and_never_all() {
 }
 
 #[test]
+fn what_is_in_flight_elsewhere_counts_towards_a_servers_cap() {
+    let (mut table, mut schedule, now) = (Table::default(), schedule(1000), Instant::now());
+    let elsewhere = |number| HashMap::from([("s".to_owned(), number)]);
+    schedule.set_elsewhere(elsewhere(2));
+    for user in 0..10 {
+        table.insert(5, 0, &mcp(user, "s"));
+    }
+    table.read_all(&mut schedule);
+    for lane in 0..10 {
+        let route = Route { host: "h:1".into(), server: Some(("s".into(), 3)), rate: Rate::Unmetered };
+        schedule.route(lane, Some(&route));
+    }
+    let first = schedule.pick(9, now);
+    table.claim(&mut schedule, &first);
+    assert_eq!(first.len(), 1);
+    schedule.set_elsewhere(elsewhere(1));
+    assert!(schedule.has_elsewhere());
+    assert_eq!(schedule.pick(9, now).len(), 1);
+    schedule.set_elsewhere(HashMap::new());
+    assert!(!schedule.has_elsewhere());
+    assert_eq!(schedule.pick(9, now).len(), 1);
+}
+
+#[test]
 fn a_host_has_no_more_in_flight_than_its_cap() {
     let caps = Caps { total: 100, per_host: 7 };
     let (mut table, mut schedule, now) = (Table::default(), capped(caps), Instant::now());

@@ -85,12 +85,15 @@ impl DatabaseSettings {
         self.0.iter().for_each(Setting::set);
         Spi::connect(|client| {
             let names: Vec<_> = self.0.iter().map(|setting| setting.name.clone()).collect();
+            let ranks: Vec<_> = self.0.iter().map(|setting| setting.rank).collect();
             let rows = client.select(
                 "SELECT EXISTS (SELECT FROM pg_catalog.pg_settings s
-                  WHERE s.source IN ('global', 'database', 'user', 'database user')
-                    AND pg_catalog.starts_with(s.name, 'nexus_hub.') AND s.name <> ALL ($1))",
+                   JOIN (VALUES (0, 'global'), (1, 'database'), (2, 'user'), (3, 'database user')) AS k (rank, source) USING (source)
+                  WHERE pg_catalog.starts_with(s.name, 'nexus_hub.')
+                    AND NOT EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS c (name, rank)
+                                     WHERE c.name = s.name AND c.rank = k.rank))",
                 Some(1),
-                &[names.into()],
+                &[names.into(), ranks.into()],
             )?;
             Ok(rows.first().get_one()?.unwrap_or_default())
         })

@@ -357,11 +357,12 @@ impl Database<'_> {
     }
 
     /// Waits until the database's worker is at work: one that has just come to be may only look for the extension, and end.
+    /// After several that ended soon it counts as stuck for a while.
     pub fn wait_for_worker(&self) -> i32 {
         let mut client = self.connect();
         let query = "SELECT w.pid FROM _nexus_hub.workers() w
                       WHERE w.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-                        AND w.number = 0 AND w.state = 'running'";
+                        AND w.number = 0 AND w.state IN ('running', 'stuck')";
         let mut pid = None;
         wait_until(&format!("a worker for {}", self.name), || {
             pid = client.query_opt(query, &[]).expect("workers").map(|row| row.get(0));
