@@ -66,8 +66,8 @@ pub struct Worker {
     /// Whether they have changed so since, or how many workers there are, that it needs a new worker: this one takes no
     /// more jobs, and ends when none is in flight.
     pub outdated: bool,
-    /// Since when it makes room for that one, if it does.
-    pub draining_since: Option<Instant>,
+    /// It has made room for that one.
+    pub drains: bool,
     /// When it gives up what it has not written by then; known once no request is in flight.
     pub drain_until: Option<Instant>,
     /// The database's settings have changed, and were set.
@@ -142,8 +142,7 @@ impl Worker {
                     self.drain_until.get_or_insert_with(|| Instant::now() + DRAIN_TIME);
                 }
                 // From here on there may be another one in this one's place.
-                if self.draining_since.is_none() {
-                    self.draining_since = Some(Instant::now());
+                if !std::mem::replace(&mut self.drains, true) {
                     shmem::set_worker_state(WorkerState::Draining);
                 }
                 if self.is_drained() {
@@ -171,7 +170,7 @@ impl Worker {
                 }
                 Ok(Step::ExtensionGone { replaced }) => {
                     // Else what it would forget is that of the one in its place.
-                    if self.draining_since.is_none() {
+                    if !self.drains {
                         shmem::audit::forget(self.database);
                     }
                     let state = if replaced { WorkerState::Replaced } else { WorkerState::NoExtension };
@@ -249,7 +248,7 @@ impl Worker {
             // Jobs that failed before they were sent are outcomes, too.
             || self.backlog.has_fresh()
             || (may_claim && (self.picks_due || self.schedule.has_doomed() || is_feed_due()));
-        let asked = (self.outdated && (self.draining_since.is_none() || self.is_drained()))
+        let asked = (self.outdated && (!self.drains || self.is_drained()))
             || self.settings_due
             || bgworker::stop_requested()
             || bgworker::reload_requested()
@@ -352,7 +351,7 @@ impl Worker {
         }
         // Else another one finds it: one writes it at a time.
         let is_last = bgworker::stop_requested() || shmem::leave_requested();
-        if self.draining_since.is_none() || (is_last && !shmem::has_successor()) {
+        if !self.drains || (is_last && !shmem::has_successor()) {
             self.record_last();
         }
         if shmem::leave_requested() {

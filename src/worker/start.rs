@@ -137,7 +137,7 @@ pub fn main(slot: usize) -> i32 {
         database_settings,
         outdated: is_reset,
         recorder: Recorder::new(now),
-        draining_since: None,
+        drains: false,
         drain_until: None,
         settings_due: false,
         restoring_until: None,

@@ -24,6 +24,28 @@ fn alter(client: &mut Client, database: &Database<'_>, how: &str) {
     reload(client);
 }
 
+/// A job that its server answers when the gate is opened.
+fn in_flight(client: &mut Client) -> (Gate, FakeServer, Uuid) {
+    let gate = Gate::default();
+    let server = gate.server();
+    let job = get(client, &server.url);
+    wait_until("it is in flight", || server.requests().len() == 1);
+    // Shown a moment later: whoever waits for it to be shown no more must have seen that.
+    let shown = "SELECT EXISTS (SELECT FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w WHERE w ->> 'in_flight' <> '0')";
+    wait_until("and shown", || value(client, shown));
+    (gate, server, job)
+}
+
+/// Resets what the worker has been set, and waits for another one beside it.
+fn hand_over(client: &mut Client, database: &Database<'_>) {
+    alter(client, database, "RESET nexus_hub.enabled");
+    wait_until("there is another one beside it", || processes(client, WORKER).len() == 2);
+}
+
+fn launcher(client: &mut Client) -> Option<i32> {
+    value(client, "SELECT max(pid) FROM pg_stat_activity WHERE backend_type = 'nexus_hub launcher'")
+}
+
 /// A database whose worker knows, since it has connected, of a setting that can be reset.
 fn with_a_switch(cluster: &Cluster) -> Database<'_> {
     let database = cluster.empty_database();
@@ -69,10 +91,7 @@ fn what_is_set_for_a_database_takes_effect_at_once_and_in_the_same_worker() {
     let server = echo();
     runs(&mut client, &server);
     let workers = processes(&mut client, WORKER);
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
+    let (gate, slow, job) = in_flight(&mut client);
     alter(&mut client, &database, "SET nexus_hub.enabled = off");
     wait_until_off(&mut client, &server);
     assert_eq!(processes(&mut client, WORKER), workers);
@@ -124,13 +143,9 @@ fn a_worker_that_makes_room_finishes_its_requests_and_holds_up_no_job() {
     let database = with_a_switch(&cluster);
     let mut client = database.connect();
     let server = echo();
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
+    let (gate, slow, job) = in_flight(&mut client);
     let old = processes(&mut client, WORKER);
-    alter(&mut client, &database, "RESET nexus_hub.enabled");
-    wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+    hand_over(&mut client, &database);
     let draining = "SELECT count(*) FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w
                      WHERE w ->> 'state' = 'draining' AND w ->> 'in_flight' = '1'";
     wait_until("it is seen to drain", || value::<i64>(&mut client, draining) == 1);
@@ -157,12 +172,8 @@ fn a_job_of_a_worker_that_makes_room_can_be_cancelled() {
     let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'", "nexus_hub.request_timeout = '1h'"]);
     let database = with_a_switch(&cluster);
     let mut client = database.connect();
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
-    alter(&mut client, &database, "RESET nexus_hub.enabled");
-    wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+    let (gate, _, job) = in_flight(&mut client);
+    hand_over(&mut client, &database);
     client.execute("SELECT cancel_job($1)", &[&job]).expect("cancel_job");
     wait_until("the old one is gone", || processes(&mut client, WORKER).len() == 1);
     gate.open();
@@ -174,16 +185,7 @@ fn an_answer_whose_row_is_locked_is_kept_when_its_worker_makes_room() {
     let database = with_a_switch(&cluster);
     let mut client = database.connect();
     for how in ["RESET nexus_hub.enabled", "number"] {
-        let gate = Gate::default();
-        let slow = gate.server();
-        let job = get(&mut client, &slow.url);
-        wait_until("it is in flight", || {
-            client
-                .query_one("SELECT status = 'running' FROM job_results WHERE id = $1", &[&job])
-                .expect("the job")
-                .get::<_, bool>(0)
-                && slow.requests().len() == 1
-        });
+        let (gate, slow, job) = in_flight(&mut client);
         let mut locking = database.connect();
         let mut lock = locking.transaction().expect("BEGIN");
         lock.execute("SELECT FROM job_results WHERE id = $1 FOR UPDATE", &[&job]).expect("a lock");
@@ -213,10 +215,7 @@ fn an_answer_whose_row_is_locked_for_a_moment_is_kept_when_its_worker_is_ended()
     let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'"]);
     let database = cluster.database();
     let mut client = database.connect();
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || count_jobs(&mut client, "running") == 1 && slow.requests().len() == 1);
+    let (gate, slow, job) = in_flight(&mut client);
     let mut locking = database.connect();
     let mut lock = locking.transaction().expect("BEGIN");
     lock.execute("SELECT FROM job_results WHERE id = $1 FOR UPDATE", &[&job]).expect("a lock");
@@ -260,10 +259,7 @@ fn a_cancel_request_ends_neither_the_worker_nor_the_launcher() {
     let cluster = Cluster::start(&[]);
     let database = cluster.database();
     let mut client = database.connect();
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
+    let (gate, slow, job) = in_flight(&mut client);
     let all = "SELECT array_agg(pid ORDER BY pid) FROM pg_stat_activity WHERE backend_type LIKE 'nexus_hub%'";
     let before: Vec<i32> = value(&mut client, all);
     assert_eq!(before.len(), 2);
@@ -284,22 +280,16 @@ fn a_launcher_that_comes_anew_leaves_those_alone_that_make_room() {
     let cluster = Cluster::start(&["nexus_hub.poll_interval = 100", "nexus_hub.request_timeout = '1h'"]);
     let database = cluster.database();
     let mut client = database.connect();
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
+    let (gate, slow, job) = in_flight(&mut client);
     let server = echo();
     for number in 1..=3 {
         // A worker for each, beside the first one.
         alter(&mut client, &database, "SET nexus_hub.enabled = off");
         wait_until_off(&mut client, &server);
         alter(&mut client, &database, "RESET nexus_hub.enabled");
-        let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'nexus_hub launcher'";
-        let old: i32 = value(&mut client, launcher);
+        let old = launcher(&mut client).expect("a launcher");
         cluster.signal("TERM", old);
-        wait_until("there is a new launcher", || {
-            value::<Option<i32>>(&mut client, &format!("SELECT ({launcher})")).is_some_and(|pid| pid != old)
-        });
+        wait_until("there is a new launcher", || launcher(&mut client).is_some_and(|pid| pid != old));
         wait_until("there is one worker beside the first", || processes(&mut client, WORKER).len() == 2);
         runs(&mut client, &server);
         assert_eq!(slow.requests().len(), 1, "{number}");
@@ -327,24 +317,17 @@ fn a_hand_over_that_ends_while_there_is_no_launcher_leaves_one_worker() {
             alter(&mut client, &database, "SET nexus_hub.enabled = on");
             runs(&mut client, &server);
         }
-        let gate = Gate::default();
-        let slow = gate.server();
-        let job = get(&mut client, &slow.url);
-        wait_until("it is in flight", || slow.requests().len() == 1);
-        alter(&mut client, &database, "RESET nexus_hub.enabled");
-        wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+        let (gate, _, job) = in_flight(&mut client);
+        hand_over(&mut client, &database);
         runs(&mut client, &server);
-        let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'nexus_hub launcher'";
-        let old: i32 = value(&mut client, launcher);
+        let old = launcher(&mut client).expect("a launcher");
         cluster.signal("STOP", old);
         cluster.signal("TERM", old);
         gate.open();
         wait_for_job(&mut client, job).completed();
         wait_until("the old one is gone", || processes(&mut client, WORKER).len() == 1);
         cluster.signal("CONT", old);
-        wait_until("there is a new launcher", || {
-            value::<Option<i32>>(&mut client, &format!("SELECT ({launcher})")).is_some_and(|pid| pid != old)
-        });
+        wait_until("there is a new launcher", || launcher(&mut client).is_some_and(|pid| pid != old));
         let workers = "SELECT coalesce(string_agg(w ->> 'state', ' '), '') FROM jsonb_array_elements(nexus_hub_health() -> 'workers') w";
         wait_until("one is known", || value::<String>(&mut client, workers) == "running");
         let worker = database.wait_for_worker();
@@ -384,12 +367,8 @@ fn a_worker_that_makes_room_lets_go_of_an_extension_that_is_dropped() {
     let cluster = Cluster::start(&["nexus_hub.poll_interval = '1h'", "nexus_hub.request_timeout = '1h'"]);
     let database = with_a_switch(&cluster);
     let mut client = database.connect();
-    let gate = Gate::default();
-    let slow = gate.server();
-    get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
-    alter(&mut client, &database, "RESET nexus_hub.enabled");
-    wait_until("there is another one beside it", || processes(&mut client, WORKER).len() == 2);
+    let (gate, ..) = in_flight(&mut client);
+    hand_over(&mut client, &database);
     client.batch_execute("DROP EXTENSION nexus_hub").expect("DROP EXTENSION");
     wait_until("both are gone", || processes(&mut client, WORKER).is_empty());
     gate.open();
@@ -401,10 +380,7 @@ fn where_there_is_no_process_for_another_one_a_worker_makes_room_before_long() {
     let cluster = Cluster::start(&["max_worker_processes = 3", "nexus_hub.request_timeout = '1h'"]);
     let database = with_a_switch(&cluster);
     let mut client = database.connect();
-    let gate = Gate::default();
-    let slow = gate.server();
-    let job = get(&mut client, &slow.url);
-    wait_until("it is in flight", || slow.requests().len() == 1);
+    let (gate, _, job) = in_flight(&mut client);
     alter(&mut client, &database, "RESET nexus_hub.enabled");
     let state = "SELECT nexus_hub_health() -> 'workers' -> 0 ->> 'state'";
     wait_until("it drains", || value::<Option<String>>(&mut client, state).as_deref() == Some("draining"));

@@ -101,12 +101,11 @@ impl DatabaseSettings {
 
     /// Sets in this process what is new in these, which are those of later, and tells whether that needs a new process.
     pub fn follow(&self, later: &Self) -> bool {
-        let find = |all: &Self, one: &Setting| {
-            all.0.iter().find(|other| other.rank == one.rank && other.name == one.name).cloned()
-        };
-        let is_reset = self.0.iter().any(|setting| find(later, setting).is_none());
+        let is_there =
+            |setting: &Setting| later.0.iter().any(|other| other.rank == setting.rank && other.name == setting.name);
+        let is_reset = !self.0.iter().all(is_there);
         let mut is_of_keys = false;
-        for setting in later.0.iter().filter(|setting| find(self, setting).as_ref() != Some(setting)) {
+        for setting in later.0.iter().filter(|setting| !self.0.contains(setting)) {
             setting.set();
             is_of_keys |= setting.name.starts_with(OF_KEYS);
         }
